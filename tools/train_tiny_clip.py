@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""Train the tiny CLIP on scenes drawn by seven studios, with open_clip's own model and loss.
+
+    python tools/train_tiny_clip.py                 hours on two cores; resumes where it stopped
+    python tools/train_tiny_clip.py --steps 20      a look at it
+
+It reads data/tiny_clip/open_clip_config.json and writes, beside it, `open_clip_model.safetensors`
+(half precision) and `training.log`. Twemoji and OpenMoji are opened only to be tested on.
+Checkpoints go to --checkpoints, a folder outside the repository.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import open_clip  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageChops, ImageFilter, ImageOps  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tiny_text import a  # noqa: E402
+
+from flamingo_lite.data import draw_scene, is_held_out, load_sprites  # noqa: E402
+
+UNSEEN = ("twemoji", "openmoji")
+RELATIONS = ("to the left of", "above")
+
+
+def read_rows(folder):
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{**row, "path": folder / row["file_name"]} for row in rows]
+
+
+def outlined(drawing):
+    """The same drawing as flat colours inside black lines, or as lines alone."""
+    alpha = drawing.getchannel("A")
+    solid = alpha.point(lambda value: 255 * (value > 100))
+    rim = ImageChops.subtract(solid.filter(ImageFilter.MaxFilter(5)), solid)
+    colours = Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing)
+    grey = ImageOps.autocontrast(colours.convert("L").filter(ImageFilter.MedianFilter(3)))
+    edges = ImageChops.subtract(
+        grey.filter(ImageFilter.MaxFilter(3)), grey.filter(ImageFilter.MinFilter(3))
+    ).point(lambda value: 255 * (value > 60))
+    ink = ImageChops.lighter(rim, edges)
+    flat = ImageOps.posterize(colours.convert("RGB"), 2).convert("RGBA")
+    flat.putalpha(solid)
+    white = Image.new("RGBA", drawing.size, "white")
+    white.putalpha(solid)
+    black = Image.new("RGBA", drawing.size, "black")
+    return Image.composite(black, flat, ink), Image.composite(black, white, ink)
+
+
+def tilt(rng, drawing):
+    """Turned by up to 15 degrees, one time in two."""
+    if rng.random() < 0.5:
+        return drawing
+    return drawing.rotate(float(rng.uniform(-15, 15)), Image.Resampling.BILINEAR)
+
+
+def recolour(pixels, generator):
+    """Change saturation, tint, contrast and brightness of each picture: (B, 3, H, W) in 0..1."""
+    B = len(pixels)
+
+    def uniform(low, high, *shape):
+        return torch.rand(B, *shape, 1, 1, generator=generator) * (high - low) + low
+
+    grey = pixels.mean(dim=1, keepdim=True)  # (B, 1, H, W)
+    colourless = (torch.rand(B, 1, 1, 1, generator=generator) < 0.15).float()
+    saturation = uniform(0.4, 1.6, 1) * (1 - colourless)
+    tinted = (grey + (pixels - grey) * saturation) * uniform(0.85, 1.15, 3)
+    middle = tinted.mean(dim=(1, 2, 3), keepdim=True)
+    return ((tinted - middle) * uniform(0.7, 1.2, 1) + middle * uniform(0.8, 1.1, 1)).clamp(0, 1)
+
+
+class Batches:
+    """Pictures and captions for one step; everything follows from (seed, step)."""
+
+    def __init__(self, rows, seed, n_singles, n_pairs):
+        self.sprites = load_sprites([row for row in rows if row["studio"] not in UNSEEN])
+        self.outlines = {
+            thing: {studio: outlined(drawing) for studio, drawing in drawings.items()}
+            for thing, drawings in self.sprites.items()
+        }
+        self.things = list(self.sprites)
+        named = {row["thing"] for row in rows if row["named"]}
+        weight = np.array([1.0 if thing in named else 0.4 for thing in self.things])
+        self.weight = weight / weight.sum()
+        self.seed, self.n_singles, self.n_pairs = seed, n_singles, n_pairs
+
+    def drawing(self, rng, thing):
+        studio = rng.choice(list(self.sprites[thing]))
+        style = rng.random()
+        if style < 0.2:
+            return tilt(rng, self.outlines[thing][studio][int(style < 0.08)])
+        return tilt(rng, self.sprites[thing][studio])
+
+    def pick(self, rng, n):
+        return list(rng.choice(self.things, n, replace=False, p=self.weight))
+
+    def __call__(self, step):
+        rng = np.random.default_rng((self.seed, step))
+        scenes = [(None, [thing]) for thing in self.pick(rng, self.n_singles)]
+        while len(scenes) < self.n_singles + self.n_pairs:
+            pair = self.pick(rng, 2)
+            if is_held_out(*pair):
+                continue
+            relation = str(rng.choice(RELATIONS))
+            # The same two things the other way round: only where they stand tells them apart.
+            scenes += [(relation, pair), (relation, pair[::-1])]
+        pictures, captions = [], []
+        for relation, pair in scenes:
+            drawings = [self.drawing(rng, thing) for thing in pair]
+            background = (255, 255, 255) if rng.random() < 0.3 else None
+            pictures.append(np.asarray(draw_scene(rng, drawings, relation, background)))
+            captions.append(f" {relation} ".join(a(thing) for thing in pair))
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return recolour(pixels, generator) * 2 - 1, captions
+
+
+@torch.no_grad()
+def zero_shot(model, tokenizer, rows, seed=1, per_thing=2):
+    """Accuracy at naming single things among the named ones, {studio: share right}."""
+    model.eval()
+    named = [row for row in rows if row["named"]]
+    things = list(dict.fromkeys(row["thing"] for row in named))
+    text = model.encode_text(tokenizer([a(thing) for thing in things]), normalize=True)
+    result = {}
+    for studio in dict.fromkeys(row["studio"] for row in named):
+        rng = np.random.default_rng(seed)
+        mine = [row for row in named if row["studio"] == studio for _ in range(per_thing)]
+        sprites = load_sprites([row for row in named if row["studio"] == studio])
+        pictures = [
+            draw_scene(rng, [sprites[row["thing"]][studio]], background=(255, 255, 255))
+            for row in mine
+        ]
+        pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures]))
+        pooled, _ = model.visual(pixels.permute(0, 3, 1, 2) / 127.5 - 1)
+        best = (pooled @ text.T).argmax(dim=-1)
+        right = [things[i] == row["thing"] for i, row in zip(best.tolist(), mine, strict=True)]
+        result[studio] = sum(right) / len(right)
+    model.train()
+    return result
+
+
+def learning_rate(step, steps, peak, warmup=200, decay=0.3):
+    """Up in `warmup` steps, level, and down to zero over the last `decay` of the run."""
+    down = (steps - step) / (decay * steps)
+    return peak * min(1.0, (step + 1) / warmup, max(0.0, down))
+
+
+def save_checkpoint(path, state):
+    """Write beside, then rename: a checkpoint is whole or is not there."""
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--singles", type=int, default=72)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--patch-dropout", type=float, default=0.3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--checkpoints", type=Path, default=Path.home() / ".cache/flamingo_lite/clip")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "tiny_clip")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.checkpoints / "last.pt"
+
+    config = json.loads((args.out / "open_clip_config.json").read_text())["model_cfg"]
+    # Training drops patches at random, which is faster (FLIP, arXiv 2212.00794).
+    config["vision_cfg"]["patch_dropout"] = args.patch_dropout
+    model = open_clip.CLIP(**config)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{args.out}")
+    rows = read_rows(ROOT / "data" / "emoji")
+    batches = Batches(rows, args.seed, args.singles, args.pairs)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    clip_loss = open_clip.ClipLoss()
+    first, log = 0, []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, log = state["step"], state["log"]
+        print(f"resumed at step {first}", flush=True)
+
+    seen, started, running = first, time.time(), 0.0
+    for step in range(first, args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        pixels, captions = batches(step)
+        pooled, _ = model.visual(pixels)  # (B, d), and the tokens that Flamingo reads
+        image = torch.nn.functional.normalize(pooled, dim=-1)
+        text = model.encode_text(tokenizer(captions), normalize=True)
+        loss = clip_loss(image, text, model.logit_scale.exp())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        running += loss.item()
+        done = step + 1
+        if done % 50 == 0 or done == args.steps:
+            pace = (time.time() - started) / (done - seen)
+            print(f"step {done} loss {running / 50:.3f} {pace:.2f} s/step", flush=True)
+            last_running, running = running / 50, 0.0
+            if done % 500 == 0 or done == args.steps:
+                accuracy = {k: round(v, 3) for k, v in zero_shot(model, tokenizer, rows).items()}
+                log.append(f"step {done} loss {last_running:.3f} zero-shot {json.dumps(accuracy)}")
+                print(log[-1], flush=True)
+            if done % 250 == 0 or done == args.steps:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                save_checkpoint(checkpoint, {**state, "step": done, "log": log})
+
+    half = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    temporary = args.out / "open_clip_model.tmp"
+    save_file(half, temporary)
+    os.replace(temporary, args.out / "open_clip_model.safetensors")
+    settings = f"steps {args.steps} lr {args.lr} singles {args.singles} pairs {args.pairs}"
+    text = "\n".join([f"seed {args.seed} {settings}", *log]) + "\n"
+    (args.out / "training.log").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
