@@ -1,0 +1,145 @@
+"""Masked cross-attention: text tokens ask, image latents answer."""
+
+import torch
+from einops import rearrange, repeat
+from torch import nn
+
+from flamingo_lite.perceiver import FeedForward
+
+
+def text_time(media_locations):
+    """Count the images met so far, at every token (Flamingo, 2.3.1).
+
+    Args:
+        media_locations: (B, T_txt) bool, True at each `<image>` token.
+
+    Returns:
+        (B, T_txt) int64: 0 before the first image, then 1, 2, …
+    """
+    return media_locations.cumsum(dim=-1)
+
+
+def media_time(T_img, device=None):
+    """Number the images of a sequence: (T_img,) int64, 1 … T_img."""
+    return torch.arange(1, T_img + 1, device=device)
+
+
+def text_to_media_mask(media_locations, T_img, only_attend_immediate_media=True):
+    """Say which image each text token may look at.
+
+    Args:
+        media_locations: (B, T_txt) bool, True at each `<image>` token.
+        T_img: how many images each sequence carries.
+        only_attend_immediate_media: True, only the last image at or before the token;
+            False, all images at or before it.
+
+    Returns:
+        (B, T_txt, T_img) bool, True = may look. A token before the first image has no True.
+    """
+    token = text_time(media_locations)[:, :, None]  # (B, T_txt, 1)
+    image = media_time(T_img, media_locations.device)  # (T_img,)
+    return token == image if only_attend_immediate_media else token >= image
+
+
+class MaskedCrossAttention(nn.Module):
+    """Let each text token read the latents of the images it may look at (Flamingo, 2.2).
+
+    Args:
+        dim: d_txt, width of the text.
+        dim_visual: d_img, width of the latents.
+        dim_head: width of one head.
+        heads: number of heads h.
+        only_attend_immediate_media: see `text_to_media_mask`.
+    """
+
+    def __init__(
+        self, *, dim, dim_visual, dim_head=64, heads=8, only_attend_immediate_media=True
+    ):
+        super().__init__()
+        self.heads = heads
+        self.only_attend_immediate_media = only_attend_immediate_media
+        inner_dim = dim_head * heads
+        self.norm = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner_dim, bias=False)
+        self.to_kv = nn.Linear(dim_visual, inner_dim * 2, bias=False)
+        self.to_out = nn.Linear(inner_dim, dim, bias=False)
+
+    def may_look(self, T_txt, T_img, media_locations, use_cached_media):
+        """(B, T_txt, T_img) bool for the last T_txt of the tokens in `media_locations`."""
+        T_all = media_locations.shape[1]
+        if use_cached_media:  # all of these tokens come after the ones in media_locations
+            after = media_locations.new_zeros(len(media_locations), T_txt)
+            media_locations = torch.cat((media_locations, after), dim=1)
+        elif T_all < T_txt:
+            raise ValueError(f"{T_txt} tokens, but media_locations for {T_all}")
+        mask = text_to_media_mask(media_locations, T_img, self.only_attend_immediate_media)
+        return mask[:, -T_txt:]
+
+    def forward(self, x, media, media_locations=None, use_cached_media=False):
+        """Return what the text reads.
+
+        Args:
+            x: (B, T_txt, d_txt) text.
+            media: (B, T_img, n, d_img) latents.
+            media_locations: (B, T_all) bool, True at `<image>`, for all tokens so far, of
+                which `x` is the last T_txt; None lets every token look at every image.
+            use_cached_media: True if `x` comes after all the tokens of `media_locations`.
+
+        Returns:
+            (B, T_txt, d_txt). Exactly zero for a token that may look at no image.
+
+        Raises:
+            ValueError: `media_locations` covers fewer tokens than `x` has.
+        """
+        T_txt, (T_img, n) = x.shape[1], media.shape[1:3]
+        q = self.to_q(self.norm(x))  # (B, T_txt, h * d_head)
+        k, v = self.to_kv(rearrange(media, "B T_img n d -> B (T_img n) d")).chunk(2, dim=-1)
+        split = "B tokens (h d) -> B h tokens d"
+        q, k, v = (rearrange(t, split, h=self.heads) for t in (q, k, v))
+        allowed = blind = None
+        if media_locations is not None:
+            may_look = self.may_look(T_txt, T_img, media_locations, use_cached_media)
+            allowed = repeat(may_look, "B T_txt T_img -> B 1 T_txt (T_img n)", n=n)
+            # Softmax has no answer for a row with nothing allowed: let such a row look
+            # anywhere, and blank what it read.
+            blind = ~allowed.any(dim=-1, keepdim=True)  # (B, 1, T_txt, 1)
+            allowed = allowed | blind
+        read = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        if blind is not None:
+            read = read.masked_fill(blind, 0.0)
+        return self.to_out(rearrange(read, "B h T_txt d -> B T_txt (h d)"))
+
+
+class GatedCrossAttentionBlock(nn.Module):
+    """Cross-attention and feed-forward, each behind a gate that starts shut (Flamingo, 2.2).
+
+    Args: as `MaskedCrossAttention`, and `ff_mult`, see `FeedForward`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim,
+        dim_visual,
+        dim_head=64,
+        heads=8,
+        ff_mult=4,
+        only_attend_immediate_media=True,
+    ):
+        super().__init__()
+        self.attn = MaskedCrossAttention(
+            dim=dim,
+            dim_visual=dim_visual,
+            dim_head=dim_head,
+            heads=heads,
+            only_attend_immediate_media=only_attend_immediate_media,
+        )
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.ff = FeedForward(dim, mult=ff_mult)
+        self.ff_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, media, media_locations=None, use_cached_media=False):
+        """(B, T_txt, d_txt) to (B, T_txt, d_txt); arguments as `MaskedCrossAttention`."""
+        read = self.attn(x, media, media_locations, use_cached_media)
+        x = x + read * self.attn_gate.tanh()
+        return x + self.ff(x) * self.ff_gate.tanh()

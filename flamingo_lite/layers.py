@@ -1,0 +1,150 @@
+"""Flamingo layers: put a gated cross-attention block before a frozen decoder layer."""
+
+from operator import attrgetter
+
+from torch import nn
+
+from flamingo_lite.cross_attention import GatedCrossAttentionBlock
+
+
+class FlamingoLayer(nn.Module):
+    """A gated cross-attention block (or None), then a decoder layer (Flamingo, 2.2).
+
+    The layer is called by the language model's own forward, which knows nothing of images.
+    So images and `<image>` positions are left here beforehand: the layer is *conditioned*.
+    """
+
+    def __init__(self, gated_cross_attn_layer, decoder_layer):
+        super().__init__()
+        self.gated_cross_attn_layer = gated_cross_attn_layer
+        self.decoder_layer = decoder_layer
+        self.vis_x = self.media_locations = None
+        self.use_cached_media = False
+
+    def is_conditioned(self):
+        """True once images and `<image>` positions are known."""
+        return self.vis_x is not None and self.media_locations is not None
+
+    def condition_vis_x(self, vis_x):
+        """Remember the latents, (B, T_img, n, d_img), or forget them with None."""
+        self.vis_x = vis_x
+
+    def condition_media_locations(self, media_locations):
+        """Remember where `<image>` stands, (B, T_all) bool, or forget it with None."""
+        self.media_locations = media_locations
+
+    def condition_use_cached_media(self, use_cached_media):
+        """Remember whether the text to come is after all tokens of `media_locations`."""
+        self.use_cached_media = bool(use_cached_media)
+
+    def forward(self, lang_x, attention_mask=None, **decoder_layer_kwargs):
+        """(B, T_txt, d_txt) in; what the decoder layer returns, out.
+
+        Raises:
+            ValueError: the layer has cross-attention and was not conditioned.
+        """
+        if self.gated_cross_attn_layer is not None:
+            if not self.is_conditioned():
+                raise ValueError(
+                    "no images: condition_vis_x and condition_media_locations come first "
+                    "(Flamingo.forward and Flamingo.generate do it for you)"
+                )
+            lang_x = self.gated_cross_attn_layer(
+                lang_x, self.vis_x, self.media_locations, self.use_cached_media
+            )
+        return self.decoder_layer(
+            lang_x, attention_mask=attention_mask, **decoder_layer_kwargs
+        )
+
+
+class FlamingoLMMixin(nn.Module):
+    """What a language model from transformers learns to do when it becomes a Flamingo's."""
+
+    initialized_flamingo = False
+
+    def set_decoder_layers_attr_name(self, decoder_layers_attr_name):
+        """Say where the list of decoder layers is, e.g. "model.decoder.layers"."""
+        self.decoder_layers_attr_name = decoder_layers_attr_name
+
+    def _get_decoder_layers(self):
+        return attrgetter(self.decoder_layers_attr_name)(self)
+
+    def _set_decoder_layers(self, layers):
+        parent, _, name = self.decoder_layers_attr_name.rpartition(".")
+        setattr(attrgetter(parent)(self) if parent else self, name, layers)
+
+    def init_flamingo(
+        self,
+        media_token_id,
+        lang_hidden_size,
+        vis_hidden_size,
+        cross_attn_every_n_layers,
+        gradient_checkpointing=False,
+        **cross_attn_kwargs,
+    ):
+        """Replace every decoder layer by a `FlamingoLayer`.
+
+        Args:
+            media_token_id: id of `<image>`.
+            lang_hidden_size: d_txt.
+            vis_hidden_size: d_img.
+            cross_attn_every_n_layers: N puts cross-attention before layers N, 2N, …
+            gradient_checkpointing: use the language model's own checkpointing.
+            **cross_attn_kwargs: for `GatedCrossAttentionBlock`.
+        """
+        self.media_token_id = media_token_id
+        self.old_decoder_blocks = self._get_decoder_layers()
+        self.gated_cross_attn_layers = nn.ModuleList(
+            GatedCrossAttentionBlock(
+                dim=lang_hidden_size, dim_visual=vis_hidden_size, **cross_attn_kwargs
+            )
+            if number % cross_attn_every_n_layers == 0
+            else None
+            for number in range(1, len(self.old_decoder_blocks) + 1)
+        )
+        pairs = zip(self.gated_cross_attn_layers, self.old_decoder_blocks, strict=True)
+        self._set_decoder_layers(nn.ModuleList(FlamingoLayer(*pair) for pair in pairs))
+        if gradient_checkpointing:
+            self.gradient_checkpointing_enable()
+        self._use_cached_vision_x = False
+        self.initialized_flamingo = True
+
+    def forward(self, input_ids=None, attention_mask=None, media_locations=None, **kwargs):
+        """Find `<image>` in `input_ids`, (B, T_txt), tell every layer, and run the model.
+
+        `media_locations`, (B, T_all), may come from outside when `input_ids` holds only
+        the last tokens of a longer text, as it does while generating.
+        """
+        if not self.initialized_flamingo:
+            raise ValueError("call init_flamingo before forward")
+        after_cached = False
+        if media_locations is None:
+            media_locations = input_ids == self.media_token_id
+            after_cached = self._use_cached_vision_x and not media_locations.any()
+        for layer in self._get_decoder_layers():
+            if not after_cached:
+                layer.condition_media_locations(media_locations)
+            layer.condition_use_cached_media(after_cached)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        """Hand on where `<image>` stands in the whole text, also when only its end is run."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return {**inputs, "media_locations": input_ids == self.media_token_id}
+
+    def is_conditioned(self):
+        """True if every layer knows its images."""
+        return all(layer.is_conditioned() for layer in self._get_decoder_layers())
+
+    def clear_conditioned_layers(self):
+        """Forget images and positions in every layer."""
+        for layer in self._get_decoder_layers():
+            layer.condition_vis_x(None)
+            layer.condition_media_locations(None)
+            layer.condition_use_cached_media(False)
+
+
+def extend_instance(obj, mixin):
+    """Give one object the methods of `mixin`, in front of its own, after it was made."""
+    cls = type(obj)
+    obj.__class__ = type(cls.__name__, (mixin, cls), {})

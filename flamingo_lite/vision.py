@@ -1,0 +1,88 @@
+"""CLIP features: pictures in, one vector per patch out."""
+
+import os
+from pathlib import Path
+
+import open_clip
+import torch
+from einops import rearrange
+from torch import nn
+
+
+class VisionEncoder(nn.Module):
+    """A frozen open_clip vision tower that gives its patch tokens (Flamingo, 2.1).
+
+    Args:
+        clip: an open_clip model; its `visual` tower is kept, without the text tower.
+
+    Attributes:
+        visual: the tower, in eval mode, set to return (pooled, tokens).
+        dim: d_img, the width of a token.
+    """
+
+    def __init__(self, clip):
+        super().__init__()
+        self.visual = clip.visual
+        self.visual.output_tokens = True
+        self.dim = self.visual.conv1.out_channels
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        """Stay in eval mode: this part is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels):
+        """Encode.
+
+        Args:
+            pixels: (B, T_img, F, 3, H, W), as the image processor makes them.
+
+        Returns:
+            (B, T_img, F, v, d_img) patch tokens, without CLS.
+
+        Raises:
+            ValueError: `pixels` is not 6-dimensional.
+        """
+        if pixels.ndim != 6:
+            raise ValueError(f"want (B, T_img, F, 3, H, W), got {tuple(pixels.shape)}")
+        B, T_img, F = pixels.shape[:3]
+        flat = rearrange(pixels, "B T_img F c H W -> (B T_img F) c H W")
+        _, tokens = self.visual(flat)  # (B * T_img * F, v, d_img)
+        return rearrange(
+            tokens, "(B T_img F) v d -> B T_img F v d", B=B, T_img=T_img, F=F
+        )
+
+
+def load_vision_encoder(name, pretrained=None, cache_dir=None):
+    """Load a CLIP from open_clip and keep its vision tower.
+
+    Args:
+        name: a model that open_clip knows ("ViT-L-14"), or "local-dir:FOLDER".
+        pretrained: a tag ("openai") or a checkpoint file; None gives random weights,
+            unless `name` is a folder, which holds its own.
+        cache_dir: where downloads are kept.
+
+    Returns:
+        VisionEncoder, and the image processor: a PIL picture to (3, H, W).
+
+    Raises:
+        OSError: the weights are not here and cannot be fetched.
+    """
+    folder = Path(name.removeprefix("local-dir:"))
+    if name.startswith("local-dir:") and not (folder / "open_clip_config.json").is_file():
+        raise OSError(f"no open_clip_config.json in {folder}: is this a folder of open_clip's?")
+    looks_like_file = pretrained and (os.sep in pretrained or "." in Path(pretrained).suffix)
+    if looks_like_file and not Path(pretrained).is_file():
+        raise OSError(f"no checkpoint file {pretrained}")
+    try:
+        clip, _, image_processor = open_clip.create_model_and_transforms(
+            name, pretrained, cache_dir=cache_dir
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise OSError(
+            f"cannot load {name!r} with weights {pretrained!r}. Without a network, give a "
+            'checkpoint file as `pretrained`, or a folder as "local-dir:FOLDER", or use '
+            f'build_flamingo("tiny"), which needs no download. open_clip says: {error}'
+        ) from error
+    return VisionEncoder(clip), image_processor
