@@ -1,0 +1,62 @@
+"""Flamingo, one tensor at a time. Written by the notebooks in book/; see README.md."""
+
+from importlib import import_module
+
+_HOME = {
+    "VisionEncoder": "vision",
+    "load_vision_encoder": "vision",
+    "FeedForward": "perceiver",
+    "PerceiverAttention": "perceiver",
+    "PerceiverResampler": "perceiver",
+    "text_time": "cross_attention",
+    "media_time": "cross_attention",
+    "text_to_media_mask": "cross_attention",
+    "MaskedCrossAttention": "cross_attention",
+    "GatedCrossAttentionBlock": "cross_attention",
+    "FlamingoLayer": "layers",
+    "FlamingoLMMixin": "layers",
+    "extend_instance": "layers",
+    "DATA": "model",
+    "SIZES": "model",
+    "DECODER_LAYERS": "model",
+    "Flamingo": "model",
+    "create_model_and_transforms": "model",
+    "train_new_rows_only": "model",
+    "build_flamingo": "model",
+    "trained_tensors": "model",
+    "save_flamingo": "model",
+    "load_flamingo": "model",
+    "IGNORE": "loss",
+    "make_labels": "loss",
+    "shifted_cross_entropy": "loss",
+    "SIZE": "data",
+    "RELATIONS": "data",
+    "SPECIAL_TOKENS": "data",
+    "check_text": "data",
+    "read_picture": "data",
+    "load_captions": "data",
+    "check_row": "data",
+    "is_held_out": "data",
+    "load_sprites": "data",
+    "draw_scene": "data",
+    "make_scenes": "data",
+    "interleave": "data",
+    "encode_pictures": "data",
+    "collate": "data",
+    "parameter_groups": "training",
+    "schedule": "training",
+    "save_checkpoint": "training",
+    "train": "training",
+    "batch_for_step": "training",
+    "caption_losses": "training",
+    "caption_features": "training",
+    "bootstrap_interval": "training",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    """Import a name's module when the name is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

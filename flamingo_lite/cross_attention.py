@@ -1,4 +1,17 @@
-"""Masked cross-attention: text tokens ask, image latents answer."""
+# Written by tools/sync.py from book/03_cross_attention.ipynb: edit the notebook, not this file.
+"""Masked cross-attention: text tokens ask, image latents answer.
+
+The code of book/03_cross_attention.ipynb. Shapes, spelled as in every chapter:
+
+    x                (B, T_txt, d_txt)          hidden states of the language model
+    media            (B, T_img, n, d_img)       n latents per image, from the Perceiver
+    media_locations  (B, T_txt) bool            True at each `<image>` token
+    may_look         (B, T_txt, T_img) bool     True where a token may see an image
+    q                (B, h, T_txt, d_head)      queries, from the text
+    k, v             (B, h, T_img * n, d_head)  from the latents, image 1 first
+
+A token before the first image has an all-False row in `may_look`: it reads zero.
+"""
 
 import torch
 from einops import rearrange, repeat
@@ -8,7 +21,7 @@ from flamingo_lite.perceiver import FeedForward
 
 
 def text_time(media_locations):
-    """Count the images met so far, at every token (Flamingo, 2.3.1).
+    """Count the images met so far, at every token (Flamingo, 2.3).
 
     Args:
         media_locations: (B, T_txt) bool, True at each `<image>` token.
@@ -34,7 +47,7 @@ def text_to_media_mask(media_locations, T_img, only_attend_immediate_media=True)
             False, all images at or before it.
 
     Returns:
-        (B, T_txt, T_img) bool, True = may look. A token before the first image has no True.
+        (B, T_txt, T_img) bool, True = may look. All False before the first image.
     """
     token = text_time(media_locations)[:, :, None]  # (B, T_txt, 1)
     image = media_time(T_img, media_locations.device)  # (T_img,)
@@ -42,13 +55,12 @@ def text_to_media_mask(media_locations, T_img, only_attend_immediate_media=True)
 
 
 class MaskedCrossAttention(nn.Module):
-    """Let each text token read the latents of the images it may look at (Flamingo, 2.2).
+    """Let each text token read the images it may look at (Flamingo, 2.2 and 2.3).
 
     Args:
         dim: d_txt, width of the text.
         dim_visual: d_img, width of the latents.
-        dim_head: width of one head.
-        heads: number of heads h.
+        dim_head, heads: width of one head, number of heads h.
         only_attend_immediate_media: see `text_to_media_mask`.
     """
 
@@ -65,15 +77,15 @@ class MaskedCrossAttention(nn.Module):
         self.to_out = nn.Linear(inner_dim, dim, bias=False)
 
     def may_look(self, T_txt, T_img, media_locations, use_cached_media):
-        """(B, T_txt, T_img) bool for the last T_txt of the tokens in `media_locations`."""
+        """(B, T_txt, T_img) bool for the last T_txt tokens of `media_locations`."""
         T_all = media_locations.shape[1]
-        if use_cached_media:  # all of these tokens come after the ones in media_locations
+        if use_cached_media:  # all T_txt tokens come after those of media_locations
             after = media_locations.new_zeros(len(media_locations), T_txt)
             media_locations = torch.cat((media_locations, after), dim=1)
         elif T_all < T_txt:
             raise ValueError(f"{T_txt} tokens, but media_locations for {T_all}")
-        mask = text_to_media_mask(media_locations, T_img, self.only_attend_immediate_media)
-        return mask[:, -T_txt:]
+        rule = self.only_attend_immediate_media
+        return text_to_media_mask(media_locations, T_img, rule)[:, -T_txt:]
 
     def forward(self, x, media, media_locations=None, use_cached_media=False):
         """Return what the text reads.
@@ -81,9 +93,9 @@ class MaskedCrossAttention(nn.Module):
         Args:
             x: (B, T_txt, d_txt) text.
             media: (B, T_img, n, d_img) latents.
-            media_locations: (B, T_all) bool, True at `<image>`, for all tokens so far, of
-                which `x` is the last T_txt; None lets every token look at every image.
-            use_cached_media: True if `x` comes after all the tokens of `media_locations`.
+            media_locations: (B, T_all) bool, True at `<image>`, for all tokens so far,
+                of which `x` is the last T_txt; None: every token sees every image.
+            use_cached_media: `x` comes after all the tokens of `media_locations`.
 
         Returns:
             (B, T_txt, d_txt). Exactly zero for a token that may look at no image.
@@ -92,26 +104,28 @@ class MaskedCrossAttention(nn.Module):
             ValueError: `media_locations` covers fewer tokens than `x` has.
         """
         T_txt, (T_img, n) = x.shape[1], media.shape[1:3]
+        latents = rearrange(media, "B T_img n d -> B (T_img n) d")
         q = self.to_q(self.norm(x))  # (B, T_txt, h * d_head)
-        k, v = self.to_kv(rearrange(media, "B T_img n d -> B (T_img n) d")).chunk(2, dim=-1)
+        k, v = self.to_kv(latents).chunk(2, dim=-1)  # (B, T_img * n, h * d_head) each
         split = "B tokens (h d) -> B h tokens d"
         q, k, v = (rearrange(t, split, h=self.heads) for t in (q, k, v))
         allowed = blind = None
         if media_locations is not None:
             may_look = self.may_look(T_txt, T_img, media_locations, use_cached_media)
             allowed = repeat(may_look, "B T_txt T_img -> B 1 T_txt (T_img n)", n=n)
-            # Softmax has no answer for a row with nothing allowed: let such a row look
-            # anywhere, and blank what it read.
+            # A row with nothing allowed has no softmax: open it, then blank the result.
             blind = ~allowed.any(dim=-1, keepdim=True)  # (B, 1, T_txt, 1)
             allowed = allowed | blind
         read = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         if blind is not None:
-            read = read.masked_fill(blind, 0.0)
+            read = read.masked_fill(blind, 0.0)  # (B, h, T_txt, d_head)
         return self.to_out(rearrange(read, "B h T_txt d -> B T_txt (h d)"))
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """Cross-attention and feed-forward, each behind a gate that starts shut (Flamingo, 2.2).
+    """Cross-attention and feed-forward, each behind a gate that starts shut.
+
+    See Flamingo, 2.2. The gates are used through tanh.
 
     Args: as `MaskedCrossAttention`, and `ff_mult`, see `FeedForward`.
     """
@@ -139,7 +153,7 @@ class GatedCrossAttentionBlock(nn.Module):
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, media, media_locations=None, use_cached_media=False):
-        """(B, T_txt, d_txt) to (B, T_txt, d_txt); arguments as `MaskedCrossAttention`."""
+        """(B, T_txt, d_txt) in and out; arguments as `MaskedCrossAttention`."""
         read = self.attn(x, media, media_locations, use_cached_media)
         x = x + read * self.attn_gate.tanh()
         return x + self.ff(x) * self.ff_gate.tanh()

@@ -1,8 +1,15 @@
-"""Pictures with text: caption folders, scenes, interleaving, batches, cached features."""
+# Written by tools/sync.py from book/07_data.ipynb.
+# Edit the notebook, not this file.
+"""Pictures with text: caption folders, scenes, interleaving, batches, cached features.
+
+A batch: vision_features (B, T_img, F, v, d_img); lang_x, attention_mask and labels,
+(B, T_txt) each.
+"""
 
 import json
 import warnings
 import zlib
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,28 +24,61 @@ RELATIONS = ("to the left of", "above")
 SPECIAL_TOKENS = ("<image>", "<|endofchunk|>")
 
 
-def check_text(text, where):
-    """Raise ValueError, naming `where`, if a caption is no text or holds a special token."""
+def check_text(text, where, special_tokens=SPECIAL_TOKENS):
+    """Raise ValueError, naming `where`, for a text that cannot be a caption."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: the caption is empty or not a text")
-    for token in SPECIAL_TOKENS:
+    if text.encode(errors="ignore").decode() != text:
+        raise ValueError(f"{where}: the caption is not valid Unicode")
+    for token in special_tokens:
         if token in text:
-            raise ValueError(f"{where}: the caption itself contains {token}; take it out")
+            raise ValueError(f"{where}: take {token} out of the caption")
 
 
 def read_picture(path):
     """Open a picture file as RGB, upright, transparency on white.
 
+    Args:
+        path: a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file; its first frame is taken.
+
     Raises:
         ValueError: the file, which is named, is not a picture that can be read.
     """
+    formats = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
     try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=formats) as picture:
+                upright = ImageOps.exif_transpose(picture)
+        if upright.mode == "F":
+            raise ValueError("brightness in floating point; save it with 8 bits")
+        if upright.mode.startswith("I"):  # 16 bits: Pillow would clip, so scale
+            grey = (np.asarray(upright) / 257).clip(0, 255)
+            upright = Image.fromarray(grey.astype(np.uint8))
+        upright = upright.convert("RGBA")
+    except Exception as error:  # a broken file makes decoders raise almost anything
         raise ValueError(f"cannot read the picture {path}: {error}") from error
     white = Image.new("RGBA", upright.size, "white")
     return Image.alpha_composite(white, upright).convert("RGB")
+
+
+def check_row(folder, line, where):
+    """A line of `metadata.jsonl` as a dict with "path"; ValueError names `where`."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise ValueError(f'{where}: no "file_name"')
+    check_text(row.get("text"), where)
+    path = Path(folder, row["file_name"])
+    try:
+        if not path.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"{row['file_name']} is outside the folder")
+        read_picture(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    return {**row, "path": path}
 
 
 def load_captions(folder, skip_broken=False):
@@ -53,52 +93,28 @@ def load_captions(folder, skip_broken=False):
 
     Raises:
         FileNotFoundError: there is no `metadata.jsonl`.
-        ValueError: a row cannot be used; the message names its line and file.
+        ValueError: a row cannot be used, and its line and file are named; or none can.
     """
-    folder = Path(folder)
-    listing = folder / "metadata.jsonl"
+    listing = Path(folder) / "metadata.jsonl"
     if not listing.is_file():
         raise FileNotFoundError(
-            f'no {listing}: write one line {{"file_name": …, "text": …}} for each picture'
+            f'no {listing}: write a line {{"file_name": …, "text": …}} for each picture'
         )
     rows, broken = [], []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(listing.read_bytes().splitlines(), 1):
         try:
-            rows.append(check_row(folder, line, f"{listing}, line {number}"))
+            if line.strip():
+                rows.append(check_row(folder, line, f"{listing}, line {number}"))
         except ValueError as error:
             if not skip_broken:
                 raise
             broken.append(str(error))
     if broken:
-        warnings.warn(f"left out {len(broken)} rows:\n" + "\n".join(broken), stacklevel=2)
+        broken.insert(0, f"left out {len(broken)} rows:")
+        warnings.warn("\n".join(broken), stacklevel=2)
+    if not rows:
+        raise ValueError(f"{listing}: there is no row that can be used")
     return rows
-
-
-def check_row(folder, line, where):
-    """One line of `metadata.jsonl` as a dict with "path", or ValueError naming `where`."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise ValueError(f'{where}: no "file_name"')
-    check_text(row.get("text"), where)
-    path = folder / row["file_name"]
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{where}: {row['file_name']} is outside the folder")
-    try:
-        read_picture(path)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return {**row, "path": path}
-
-
-def is_held_out(one, other):
-    """Say whether a pair of things is kept for testing: about one pair in eight.
-
-    A hash decides, so the split is the same for everyone, in either order.
-    """
-    return zlib.crc32(" and ".join(sorted((one, other))).encode()) % 8 == 0
 
 
 def load_sprites(rows):
@@ -106,7 +122,8 @@ def load_sprites(rows):
     sprites = {}
     for row in rows:
         with Image.open(row["path"]) as picture:
-            sprites.setdefault(row["thing"], {})[row["studio"]] = picture.convert("RGBA")
+            studios = sprites.setdefault(row["thing"], {})
+            studios[row["studio"]] = picture.convert("RGBA")
     return sprites
 
 
@@ -141,11 +158,19 @@ def draw_scene(rng, drawings, relation=None, background=None):
     return canvas
 
 
+def is_held_out(one, other):
+    """Say whether a pair of things is kept for testing: about one pair in eight.
+
+    A hash decides, so the split is the same for everyone, in either order.
+    """
+    return zlib.crc32(" and ".join(sorted((one, other))).encode()) % 8 == 0
+
+
 def make_scenes(rows, n_scenes, seed, pairs=0.5, held_out=False):
     """Draw captioned scenes of one or two things, always the same for the same seed.
 
     Args:
-        rows: caption-folder rows with "thing", "studio" and "text"; the drawings to use.
+        rows: caption-folder rows with "thing", "studio" and "text": what to draw.
         n_scenes: how many.
         seed: an int.
         pairs: share of scenes with two things.
@@ -153,23 +178,24 @@ def make_scenes(rows, n_scenes, seed, pairs=0.5, held_out=False):
 
     Returns:
         list of {"picture": RGB picture, "text": caption, "things": [names]}.
+
+    Raises:
+        ValueError: there is no pair to draw.
     """
     rng = np.random.default_rng(seed)
     sprites, names = load_sprites(rows), {row["thing"]: row["text"] for row in rows}
     things, scenes = list(names), []
+    if pairs and all(is_held_out(*p) != held_out for p in combinations(things, 2)):
+        raise ValueError(f"{len(things)} things, and no pair with held_out={held_out}")
     while len(scenes) < n_scenes:
         relation = str(rng.choice(RELATIONS)) if rng.random() < pairs else None
-        chosen = list(rng.choice(things, 2 if relation else 1, replace=False))
+        chosen = rng.choice(things, 2 if relation else 1, replace=False).tolist()
         if relation and is_held_out(*chosen) != held_out:
             continue
         drawings = [sprites[t][rng.choice(list(sprites[t]))] for t in chosen]
-        scenes.append(
-            {
-                "picture": draw_scene(rng, drawings, relation),
-                "text": f" {relation} ".join(names[t] for t in chosen),
-                "things": chosen,
-            }
-        )
+        picture = draw_scene(rng, drawings, relation)
+        text = f" {relation} ".join(names[t] for t in chosen)
+        scenes.append({"picture": picture, "text": text, "things": chosen})
     return scenes
 
 
@@ -191,13 +217,15 @@ def encode_pictures(visual, image_processor, pictures, batch_size=96):
         batch_size: pictures at a time.
 
     Returns:
-        (pictures, F=1, v, d_img) float16, as `vision_features` wants it for one image.
+        (pictures, F=1, v, d_img) float16 in main memory; for one picture, what
+        `collate` wants.
     """
     device, features = next(visual.parameters()).device, []
     for start in range(0, len(pictures), batch_size):
-        pixels = torch.stack([image_processor(p) for p in pictures[start : start + batch_size]])
-        tokens = visual(pixels.to(device))[1]  # (pictures, v, d_img)
-        features.append(rearrange(tokens.half(), "B v d -> B 1 v d"))
+        some = pictures[start : start + batch_size]
+        pixels = torch.stack([image_processor(p) for p in some])  # (some, 3, H, W)
+        tokens = visual(pixels.to(device))[1]  # (some, v, d_img)
+        features.append(rearrange(tokens.half().cpu(), "some v d -> some 1 v d"))
     return torch.cat(features)
 
 
@@ -205,7 +233,7 @@ def collate(examples, tokenizer):
     """Put sequences of different lengths into one batch, padded on the right.
 
     Args:
-        examples: list of (features, texts): features (T_img, F, v, d_img) and as many texts.
+        examples: list of (features, texts), (T_img, F, v, d_img) and T_img texts.
         tokenizer: with `<image>` and `<|endofchunk|>` among its tokens.
 
     Returns:
@@ -213,23 +241,30 @@ def collate(examples, tokenizer):
         attention_mask and labels (B, T_txt). Missing pictures at the end are zeros.
 
     Raises:
-        ValueError: a row has not as many texts as pictures; a text holds a special token.
+        ValueError: a row has not as many texts as pictures, is too long, or holds a
+            special token; the tokenizer lacks `<image>` or `<|endofchunk|>`.
     """
+    added = tokenizer.added_tokens_decoder.values()
+    special_tokens = {str(token) for token in added if token.special}
+    if lacking := set(SPECIAL_TOKENS) - special_tokens:
+        raise ValueError(f"the tokenizer has no special token {min(lacking)}")
     for row, (features, texts) in enumerate(examples):
         if len(features) != len(texts):
-            raise ValueError(f"row {row}: {len(features)} pictures, but {len(texts)} texts")
-    vision_features = torch.nn.utils.rnn.pad_sequence(
-        [features.float() for features, _ in examples], batch_first=True
-    )
-    tokenizer.padding_side = "right"
-    batch = tokenizer(
-        [interleave(texts) for _, texts in examples], padding=True, return_tensors="pt"
-    )
+            counts = f"{len(features)} pictures, but {len(texts)} texts"
+            raise ValueError(f"row {row}: {counts}")
+        for number, text in enumerate(texts, 1):
+            check_text(text, f"row {row}, text {number}", special_tokens)
+    pictures = [features.float() for features, _ in examples]
+    lines = [interleave(texts) for _, texts in examples]
+    batch = tokenizer(lines, padding=True, padding_side="right", return_tensors="pt")
+    T_txt, most = batch.input_ids.shape[1], tokenizer.model_max_length
+    if T_txt > most:
+        row = int(batch.attention_mask.sum(dim=1).argmax())
+        raise ValueError(f"row {row}: {T_txt} tokens, but the model reads {most}")
     media, eoc = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
-    labels = make_labels(batch.input_ids, media, eoc, batch.attention_mask)
     return {
-        "vision_features": vision_features,
+        "vision_features": torch.nn.utils.rnn.pad_sequence(pictures, batch_first=True),
         "lang_x": batch.input_ids,
         "attention_mask": batch.attention_mask,
-        "labels": labels,
+        "labels": make_labels(batch.input_ids, media, eoc, batch.attention_mask),
     }

@@ -1,23 +1,36 @@
+# Written by tools/sync.py from book/04_flamingo_layer.ipynb: edit the notebook, not this file.
 """Flamingo layers: put a gated cross-attention block before a frozen decoder layer."""
 
+from inspect import signature
 from operator import attrgetter
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from flamingo_lite.cross_attention import GatedCrossAttentionBlock
+
+
+def extend_instance(obj, mixin):
+    """Give one object, already made, the methods of `mixin` in front of its own."""
+    cls = type(obj)
+    obj.__class__ = type(cls.__name__, (mixin, cls), {})
 
 
 class FlamingoLayer(nn.Module):
     """A gated cross-attention block (or None), then a decoder layer (Flamingo, 2.2).
 
-    The layer is called by the language model's own forward, which knows nothing of images.
-    So images and `<image>` positions are left here beforehand: the layer is *conditioned*.
+    The layer is called by the language model's own forward, which knows of no images.
+    So images and `<image>` positions are left here before: the layer is *conditioned*.
     """
 
-    def __init__(self, gated_cross_attn_layer, decoder_layer):
+    def __init__(
+        self, gated_cross_attn_layer, decoder_layer, gradient_checkpointing=False
+    ):
         super().__init__()
         self.gated_cross_attn_layer = gated_cross_attn_layer
         self.decoder_layer = decoder_layer
+        self.gradient_checkpointing = gradient_checkpointing
         self.vis_x = self.media_locations = None
         self.use_cached_media = False
 
@@ -34,33 +47,36 @@ class FlamingoLayer(nn.Module):
         self.media_locations = media_locations
 
     def condition_use_cached_media(self, use_cached_media):
-        """Remember whether the text to come is after all tokens of `media_locations`."""
+        """Remember whether the text to come is after all of `media_locations`."""
         self.use_cached_media = bool(use_cached_media)
 
-    def forward(self, lang_x, attention_mask=None, **decoder_layer_kwargs):
+    def forward(self, lang_x, *args, **kwargs):
         """(B, T_txt, d_txt) in; what the decoder layer returns, out.
 
         Raises:
             ValueError: the layer has cross-attention and was not conditioned.
         """
-        if self.gated_cross_attn_layer is not None:
-            if not self.is_conditioned():
-                raise ValueError(
-                    "no images: condition_vis_x and condition_media_locations come first "
-                    "(Flamingo.forward and Flamingo.generate do it for you)"
-                )
-            lang_x = self.gated_cross_attn_layer(
-                lang_x, self.vis_x, self.media_locations, self.use_cached_media
+        if self.gated_cross_attn_layer is not None and not self.is_conditioned():
+            raise ValueError(
+                "no images: condition_vis_x and condition_media_locations come first "
+                "(Flamingo.forward and Flamingo.generate do it for you)"
             )
-        return self.decoder_layer(
-            lang_x, attention_mask=attention_mask, **decoder_layer_kwargs
-        )
+        seen = self.vis_x, self.media_locations, self.use_cached_media
+        caches = kwargs.get("use_cache") or kwargs.get("past_key_values") is not None
+        if self.gradient_checkpointing and torch.is_grad_enabled() and not caches:
+            # `seen` is handed over: images may be forgotten before backward runs again.
+            rest = seen, args, kwargs
+            return checkpoint(self._run, lang_x, *rest, use_reentrant=False)
+        return self._run(lang_x, seen, args, kwargs)
+
+    def _run(self, lang_x, seen, args, kwargs):
+        if self.gated_cross_attn_layer is not None:
+            lang_x = self.gated_cross_attn_layer(lang_x, *seen)  # (B, T_txt, d_txt)
+        return self.decoder_layer(lang_x, *args, **kwargs)
 
 
-class FlamingoLMMixin(nn.Module):
-    """What a language model from transformers learns to do when it becomes a Flamingo's."""
-
-    initialized_flamingo = False
+class _DecoderLayers(nn.Module):
+    """The part of `FlamingoLMMixin` that replaces the decoder layers."""
 
     def set_decoder_layers_attr_name(self, decoder_layers_attr_name):
         """Say where the list of decoder layers is, e.g. "model.decoder.layers"."""
@@ -89,7 +105,7 @@ class FlamingoLMMixin(nn.Module):
             lang_hidden_size: d_txt.
             vis_hidden_size: d_img.
             cross_attn_every_n_layers: N puts cross-attention before layers N, 2N, …
-            gradient_checkpointing: use the language model's own checkpointing.
+            gradient_checkpointing: compute layers again in backward, to save memory.
             **cross_attn_kwargs: for `GatedCrossAttentionBlock`.
         """
         self.media_token_id = media_token_id
@@ -103,34 +119,67 @@ class FlamingoLMMixin(nn.Module):
             for number in range(1, len(self.old_decoder_blocks) + 1)
         )
         pairs = zip(self.gated_cross_attn_layers, self.old_decoder_blocks, strict=True)
-        self._set_decoder_layers(nn.ModuleList(FlamingoLayer(*pair) for pair in pairs))
-        if gradient_checkpointing:
-            self.gradient_checkpointing_enable()
+        layers = [FlamingoLayer(*pair, gradient_checkpointing) for pair in pairs]
+        self._set_decoder_layers(nn.ModuleList(layers))
         self._use_cached_vision_x = False
         self.initialized_flamingo = True
 
-    def forward(self, input_ids=None, attention_mask=None, media_locations=None, **kwargs):
-        """Find `<image>` in `input_ids`, (B, T_txt), tell every layer, and run the model.
 
-        `media_locations`, (B, T_all), may come from outside when `input_ids` holds only
-        the last tokens of a longer text, as it does while generating.
+class FlamingoLMMixin(_DecoderLayers):
+    """What a language model from transformers learns to become part of a Flamingo."""
+
+    initialized_flamingo = False
+
+    def __init_subclass__(cls):
+        """Show the language model's arguments as our own: `generate` looks for them."""
+        super().__init_subclass__()
+
+        def forward(self, *args, **kwargs):
+            return FlamingoLMMixin.forward(self, *args, **kwargs)
+
+        forward.__signature__ = signature(super().forward)
+        cls.forward = forward
+
+    def forward(
+        self, input_ids=None, attention_mask=None, media_locations=None, **kwargs
+    ):
+        """Find `<image>` in `input_ids`, (B, T_txt), tell every layer, run the model.
+
+        `media_locations`, (B, T_all) bool, may come from outside when `input_ids` holds
+        only the last tokens of a longer text, as it does while generating.
         """
         if not self.initialized_flamingo:
             raise ValueError("call init_flamingo before forward")
         after_cached = False
         if media_locations is None:
-            media_locations = input_ids == self.media_token_id
+            media_locations = input_ids == self.media_token_id  # (B, T_txt)
             after_cached = self._use_cached_vision_x and not media_locations.any()
         for layer in self._get_decoder_layers():
             if not after_cached:
                 layer.condition_media_locations(media_locations)
             layer.condition_use_cached_media(after_cached)
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, **kwargs
+        )
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        """Hand on where `<image>` stands in the whole text, also when only its end is run."""
+        """Hand on where `<image>` is in the whole text, also if only its end is run.
+
+        A long prompt may be read in chunks, and `input_ids` is then one chunk: what was
+        before it is still in the layers, from the forward of the last chunk.
+        """
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        return {**inputs, "media_locations": input_ids == self.media_token_id}
+        media_locations = input_ids == self.media_token_id  # (B, T_txt)
+        past = inputs.get("past_key_values")
+        n_cached = 0 if past is None else int(past.get_seq_length())
+        n_before = n_cached + inputs["input_ids"].shape[1] - input_ids.shape[1]
+        if n_before > 0:
+            before = self._get_decoder_layers()[0].media_locations  # (B, T_all)
+            if before is None or before.shape[1] < n_before:
+                raise ValueError("where was <image> in the cache? Give the whole text")
+            before = before[:, :n_before]  # (B, n_before)
+            media_locations = torch.cat((before, media_locations), dim=1)  # (B, T_all)
+        return {**inputs, "media_locations": media_locations}
 
     def is_conditioned(self):
         """True if every layer knows its images."""
@@ -142,9 +191,3 @@ class FlamingoLMMixin(nn.Module):
             layer.condition_vis_x(None)
             layer.condition_media_locations(None)
             layer.condition_use_cached_media(False)
-
-
-def extend_instance(obj, mixin):
-    """Give one object the methods of `mixin`, in front of its own, after it was made."""
-    cls = type(obj)
-    obj.__class__ = type(cls.__name__, (mixin, cls), {})

@@ -1,4 +1,12 @@
-"""The shifted loss: every token is asked to foretell the next one."""
+# Written by tools/sync.py from book/06_loss.ipynb.
+# Edit the notebook, not this file.
+"""The shifted loss: every token is asked to foretell the next one.
+
+Shapes, spelled the same way in every chapter:
+
+    logits             (B, T_txt, vocab)  a score for each possible next token
+    input_ids, labels  (B, T_txt) int64   labels are -100 where no loss is wanted
+"""
 
 import torch
 from torch import nn
@@ -9,8 +17,8 @@ IGNORE = -100  # the label that cross_entropy passes over
 def make_labels(input_ids, media_token_id, eoc_token_id, attention_mask=None):
     """Say at which tokens the loss is taken: the text of each chunk, and its end.
 
-    A chunk runs from an `<image>` to its `<|endofchunk|>`. What stands outside (the start
-    token, words before the first image, padding) and `<image>` itself get no loss.
+    An `<image>` opens a chunk, the next `<|endofchunk|>` shuts it. What stands outside
+    (start token, words between chunks, padding) and `<image>` itself get no loss.
 
     Args:
         input_ids: (B, T_txt) int64.
@@ -19,19 +27,24 @@ def make_labels(input_ids, media_token_id, eoc_token_id, attention_mask=None):
 
     Returns:
         (B, T_txt) int64, `input_ids` where there is loss and -100 elsewhere.
+
+    Raises:
+        ValueError: both ids are the same.
     """
-    is_image = input_ids == media_token_id  # (B, T_txt)
-    is_end = input_ids == eoc_token_id  # (B, T_txt)
-    opened = is_image.cumsum(dim=-1)  # (B, T_txt) images so far
-    last_image = (torch.arange(input_ids.shape[1], device=input_ids.device) * is_image).cummax(
-        dim=-1
-    )[0]  # (B, T_txt) where the latest image stands
-    ends_before = is_end.cumsum(dim=-1) - is_end.long()  # (B, T_txt) ends before this token
-    ends_at_image = ends_before.gather(1, last_image)  # (B, T_txt)
-    in_chunk = (opened > 0) & (ends_before == ends_at_image) & ~is_image
+    if media_token_id == eoc_token_id:
+        raise ValueError(f"<image> and <|endofchunk|> have one id, {eoc_token_id}")
+    is_text = torch.ones_like(input_ids, dtype=torch.bool)  # (B, T_txt)
     if attention_mask is not None:
-        in_chunk &= attention_mask.bool()
-    return input_ids.masked_fill(~in_chunk, IGNORE)
+        is_text = attention_mask.bool()  # (B, T_txt)
+    is_image = (input_ids == media_token_id) & is_text  # (B, T_txt)
+    is_end = (input_ids == eoc_token_id) & is_text  # (B, T_txt)
+
+    place = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)  # (T_txt,)
+    latest_image = (place * is_image).cummax(dim=-1).values  # (B, T_txt), 0 = none yet
+    latest_end = (place * is_end).cummax(dim=-1).values  # (B, T_txt)
+    is_open = latest_image > latest_end  # (B, T_txt) a chunk is open after this token
+    was_open = nn.functional.pad(is_open, (1, 0))[:, :-1]  # (B, T_txt) … before it
+    return input_ids.masked_fill(~(was_open & is_text & ~is_image), IGNORE)
 
 
 def shifted_cross_entropy(logits, labels, reduction="mean"):
@@ -43,16 +56,21 @@ def shifted_cross_entropy(logits, labels, reduction="mean"):
         reduction: "mean" over the labelled tokens, or "none" for (B, T_txt - 1).
 
     Returns:
-        A scalar, or with "none" the loss of each token, 0 where there is no label.
+        A float32 scalar, or with "none" each token's loss, 0 where it has no label.
 
     Raises:
-        ValueError: shapes do not fit, or no token has a label.
+        ValueError: shapes do not fit, no token has a label, or an unknown reduction.
     """
     if logits.shape[:2] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}")
-    if not (labels[:, 1:] != IGNORE).any():
-        raise ValueError("no token has a label: is there an <image> with a text behind it?")
-    shifted = logits[:, :-1].transpose(1, 2)  # (B, vocab, T_txt - 1)
-    return nn.functional.cross_entropy(
-        shifted, labels[:, 1:], ignore_index=IGNORE, reduction=reduction
-    )
+        raise ValueError(f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction is "mean" or "none", not {reduction!r}')
+    answers = labels[:, 1:]  # (B, T_txt - 1)
+    asked = answers != IGNORE  # (B, T_txt - 1)
+    if not asked.any():
+        raise ValueError("no token has a label: is there text after an <image>?")
+    scores = logits[:, :-1][asked].float()  # (asked, vocab), never in half precision
+    losses = nn.functional.cross_entropy(scores, answers[asked], reduction="none")
+    if reduction == "mean":
+        return losses.mean()
+    return torch.zeros(asked.shape, device=losses.device).masked_scatter(asked, losses)

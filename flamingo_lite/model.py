@@ -1,4 +1,14 @@
-"""The whole model: vision encoder, Perceiver and a language model of Flamingo layers."""
+# Written by tools/sync.py from book/05_model.ipynb: edit the notebook, not this file.
+"""The whole model: vision encoder, Perceiver and a language model of Flamingo layers.
+
+Shapes, from pictures to answers:
+
+    vision_x  (B, T_img, F, 3, H, W)      pixels
+    patches   (B, T_img, F, v, d_img)     from the frozen vision encoder
+    media     (B, T_img, n, d_img)        from the Perceiver Resampler
+    lang_x    (B, T_txt)                  token ids
+    logits    (B, T_txt, vocab)           from the language model
+"""
 
 import json
 import os
@@ -17,45 +27,45 @@ from flamingo_lite.perceiver import PerceiverResampler
 from flamingo_lite.vision import load_vision_encoder
 
 DATA = Path(flamingo_lite.__file__).parents[1] / "data"
-SIZES = {
-    "tiny": {
-        "clip_vision_encoder_path": f"local-dir:{DATA / 'tiny_clip'}",
-        "clip_vision_encoder_pretrained": None,
-        "lang_encoder_path": str(DATA / "tiny_opt"),
-        "tokenizer_path": str(DATA / "tiny_opt"),
-        "perceiver_kwargs": {"depth": 2, "num_latents": 16, "heads": 4, "dim_head": 48},
-        "cross_attn_kwargs": {"heads": 4, "dim_head": 48},
-    },
-    "paper": {
-        "clip_vision_encoder_path": "ViT-L-14",
-        "clip_vision_encoder_pretrained": "openai",
-        "lang_encoder_path": "facebook/opt-125m",
-        "tokenizer_path": "facebook/opt-125m",
-    },
-}
-DECODER_LAYERS = {
-    "opt": "model.decoder.layers",
-    "llama": "model.layers",
-    "gpt_neox": "gpt_neox.layers",
-    "gpt2": "transformer.h",
-    "gptj": "transformer.h",
-}
 
 
-class Flamingo(nn.Module):
-    """A language model that reads text with pictures in it (Flamingo, section 2).
+def pixels_to_patches(visual, pixels):
+    """(B, T_img, F, 3, H, W) pixels to (B, T_img, F, v, d_img), by a frozen tower."""
+    if pixels.ndim != 6:
+        raise ValueError(f"want (B, T_img, F, 3, H, W), got {tuple(pixels.shape)}")
+    flat = rearrange(pixels, "B T_img F c H W -> (B T_img F) c H W")
+    with torch.no_grad():
+        tokens = visual(flat)[1]  # (B * T_img * F, v, d_img)
+    return tokens.unflatten(0, pixels.shape[:3])  # (B, T_img, F, v, d_img)
+
+
+def check_pictures(patches, media_locations):
+    """Raise ValueError if these pictures cannot go with this text, (B, T_txt) bool."""
+    if patches.ndim != 5:
+        raise ValueError(f"want (B, T_img, F, v, d_img), got {tuple(patches.shape)}")
+    B, T_img = patches.shape[:2]
+    if B != len(media_locations):
+        raise ValueError(f"pictures for {B} rows, but {len(media_locations)} of text")
+    for row, count in enumerate(media_locations.sum(dim=1).tolist()):
+        if count > T_img:
+            raise ValueError(
+                f"row {row} has {count} <image> tokens, but {T_img} pictures"
+            )
+
+
+class _ThreeParts(nn.Module):
+    """The parts of a Flamingo, put together.
 
     Args:
         vision_encoder: a `VisionEncoder`, or anything whose `visual(pixels)` returns
             (pooled, tokens), tokens (pictures, v, d_img).
         lang_encoder: a language model extended with `FlamingoLMMixin`.
-        eoc_token_id: id of `<|endofchunk|>`.
-        media_token_id: id of `<image>`.
+        eoc_token_id, media_token_id: ids of `<|endofchunk|>` and of `<image>`.
         vis_dim: d_img.
         cross_attn_every_n_layers: N puts cross-attention before layers N, 2N, …
         gradient_checkpointing: recompute decoder layers in backward, to save memory.
-        perceiver_kwargs: for `PerceiverResampler`.
-        cross_attn_kwargs: for `GatedCrossAttentionBlock`.
+        perceiver_kwargs, cross_attn_kwargs: for `PerceiverResampler` and
+            `GatedCrossAttentionBlock`.
     """
 
     def __init__(
@@ -71,10 +81,8 @@ class Flamingo(nn.Module):
         cross_attn_kwargs=None,
     ):
         super().__init__()
-        self.eoc_token_id = eoc_token_id
-        self.media_token_id = media_token_id
-        self.vis_dim = vis_dim
-        self.lang_dim = lang_encoder.config.hidden_size
+        self.eoc_token_id, self.media_token_id = eoc_token_id, media_token_id
+        self.vis_dim, self.lang_dim = vis_dim, lang_encoder.config.hidden_size
         self.vision_encoder = vision_encoder.visual
         self.perceiver = PerceiverResampler(dim=vis_dim, **(perceiver_kwargs or {}))
         self.lang_encoder = lang_encoder
@@ -95,6 +103,44 @@ class Flamingo(nn.Module):
         self.lang_encoder.gated_cross_attn_layers.train(mode)
         return self
 
+
+class _PictureMemory(_ThreeParts):
+    """How pictures get into the Flamingo layers, and out again."""
+
+    def _encode_vision_x(self, vision_x, vision_features, lang_x, copies=1):
+        """Leave the latents of the pictures, `copies` times a row, in every layer."""
+        if (vision_x is None) == (vision_features is None):
+            given = "no pictures" if vision_x is None else "pictures given twice"
+            raise ValueError(f"{given}: give vision_x or vision_features")
+        if vision_features is None:
+            vision_features = pixels_to_patches(self.vision_encoder, vision_x)
+        check_pictures(vision_features, lang_x == self.media_token_id)
+        dtype = self.perceiver.latents.dtype  # cached features may be half precision
+        media = self.perceiver(vision_features.to(dtype))  # (B, T_img, n, d_img)
+        media = media.repeat_interleave(copies, dim=0)  # (B * copies, T_img, n, d_img)
+        for layer in self.lang_encoder._get_decoder_layers():
+            layer.condition_vis_x(media)
+
+    def cache_media(self, input_ids, vision_x, vision_features=None):
+        """Keep pictures, and where `<image>` stands in `input_ids`, for calls to come.
+
+        Until `uncache_media`, `forward` takes no pictures, and must be told
+        `clear_conditioned_layers=False`, or it forgets them.
+        """
+        self._encode_vision_x(vision_x, vision_features, input_ids)
+        for layer in self.lang_encoder._get_decoder_layers():
+            layer.condition_media_locations(input_ids == self.media_token_id)
+        self.lang_encoder._use_cached_vision_x = True
+
+    def uncache_media(self):
+        """Forget all pictures."""
+        self.lang_encoder.clear_conditioned_layers()
+        self.lang_encoder._use_cached_vision_x = False
+
+
+class Flamingo(_PictureMemory):
+    """A language model that reads text with pictures in it (Flamingo, section 2)."""
+
     def forward(
         self,
         vision_x,
@@ -109,27 +155,20 @@ class Flamingo(nn.Module):
         """Read pictures and text, and predict every next token.
 
         Args:
-            vision_x: (B, T_img, F, 3, H, W) pixels; None with `vision_features`, or after
-                `cache_media`.
+            vision_x: (B, T_img, F, 3, H, W) pixels, or None after `cache_media`.
             lang_x: (B, T_txt) token ids.
-            attention_mask: (B, T_txt), 0 at padding.
-            labels: (B, T_txt), -100 where no loss is wanted; see `make_labels`.
+            attention_mask, labels: (B, T_txt), 0 at padding; -100 where no loss is.
             clear_conditioned_layers: forget the pictures afterwards.
             past_key_values, use_cache: the language model's cache.
-            vision_features: (B, T_img, F, v, d_img), as the vision encoder gives them.
+            vision_features: (B, T_img, F, v, d_img), instead of `vision_x`.
 
-        Returns:
-            The language model's output: `loss` if there are labels, `logits`
-            (B, T_txt, vocab).
-
-        Raises:
-            ValueError: a row has more `<image>` than pictures, or there are none at all.
+        Returns: the language model's output, `logits` (B, T_txt, vocab), maybe `loss`.
         """
-        if not self.lang_encoder._use_cached_vision_x:
-            self._encode_vision_x(vision_x, vision_features, lang_x)
-        elif vision_x is not None or vision_features is not None:
-            raise ValueError("pictures are cached already: call uncache_media first")
         try:
+            if not self.lang_encoder._use_cached_vision_x:
+                self._encode_vision_x(vision_x, vision_features, lang_x)
+            elif vision_x is not None or vision_features is not None:
+                raise ValueError("pictures are cached: call uncache_media first")
             return self.lang_encoder(
                 input_ids=lang_x,
                 attention_mask=attention_mask,
@@ -139,62 +178,89 @@ class Flamingo(nn.Module):
             )
         finally:
             if clear_conditioned_layers:
-                self.lang_encoder.clear_conditioned_layers()
+                self.uncache_media()
 
     @torch.no_grad()
     def generate(
         self, vision_x, lang_x, attention_mask=None, vision_features=None, **kwargs
     ):
-        """Continue the text, until `<|endofchunk|>` unless told otherwise.
+        """Continue the text until `<|endofchunk|>`, without a further `<image>`.
 
-        Args: as `forward`; `**kwargs` go to transformers' `generate`.
+        Args: as `forward`; `**kwargs` go to transformers' `generate`, where
+            `eos_token_id` and `suppress_tokens` change when to stop and what is barred.
 
-        Returns:
-            (B * num_return_sequences, T_txt + new) ids, the prompt first.
+        Returns: (B * num_return_sequences, T_txt + new) ids, the prompt first.
         """
-        copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+        lm = self.lang_encoder
+        asked = kwargs.get("generation_config") or lm.generation_config
+        how_many = ("num_beams", "num_return_sequences")
+        copies = max(kwargs.get(k) or getattr(asked, k) or 1 for k in how_many)
         kwargs.setdefault("eos_token_id", self.eoc_token_id)
-        kwargs.setdefault("pad_token_id", self.lang_encoder.config.pad_token_id)
+        kwargs.setdefault("pad_token_id", lm.config.pad_token_id)
         kwargs.setdefault("suppress_tokens", [self.media_token_id])
-        self._encode_vision_x(vision_x, vision_features, lang_x, copies)
         try:
-            return self.lang_encoder.generate(
-                input_ids=lang_x, attention_mask=attention_mask, **kwargs
-            )
+            self._encode_vision_x(vision_x, vision_features, lang_x, copies)
+            return lm.generate(lang_x, attention_mask=attention_mask, **kwargs)
         finally:
             self.uncache_media()
 
-    def _encode_vision_x(self, vision_x, vision_features, lang_x, copies=1):
-        """Pictures to latents, (B, T_img, n, d_img), left in every Flamingo layer."""
-        if vision_features is None:
-            if vision_x is None:
-                raise ValueError("no pictures: give vision_x or vision_features")
-            if vision_x.ndim != 6:
-                raise ValueError(f"want (B, T_img, F, 3, H, W), got {tuple(vision_x.shape)}")
-            B, T_img, F = vision_x.shape[:3]
-            flat = rearrange(vision_x, "B T_img F c H W -> (B T_img F) c H W")
-            with torch.no_grad():
-                tokens = self.vision_encoder(flat)[1]  # (B * T_img * F, v, d_img)
-            vision_features = tokens.unflatten(0, (B, T_img, F))
-        T_img = vision_features.shape[1]
-        for row, count in enumerate((lang_x == self.media_token_id).sum(dim=1).tolist()):
-            if count > T_img:
-                raise ValueError(f"row {row} has {count} <image> tokens, but {T_img} pictures")
-        media = self.perceiver(vision_features)  # (B, T_img, n, d_img)
-        for layer in self.lang_encoder._get_decoder_layers():
-            layer.condition_vis_x(media.repeat_interleave(copies, dim=0))
 
-    def cache_media(self, input_ids, vision_x, vision_features=None):
-        """Keep pictures, and where `<image>` stands in `input_ids`, for calls to come."""
-        self._encode_vision_x(vision_x, vision_features, input_ids)
-        for layer in self.lang_encoder._get_decoder_layers():
-            layer.condition_media_locations(input_ids == self.media_token_id)
-        self.lang_encoder._use_cached_vision_x = True
+def train_new_rows_only(embedding, rows):
+    """Let gradient reach only these rows of an embedding table, (vocab, d_txt).
 
-    def uncache_media(self):
-        """Forget what `cache_media` kept."""
-        self.lang_encoder.clear_conditioned_layers()
-        self.lang_encoder._use_cached_vision_x = False
+    Tied input and output embeddings give every row a gradient; the old ones must not
+    move. Keep weight decay off this tensor: it needs no gradient to act.
+    """
+    keep = torch.zeros(len(embedding.weight), 1)  # (vocab, 1)
+    keep[rows] = 1.0
+    embedding.weight.requires_grad_(True)
+    embedding.weight.register_hook(lambda gradient: gradient * keep.to(gradient))
+
+
+DECODER_LAYERS = {
+    "opt": "model.decoder.layers",
+    "llama": "model.layers",
+    "gpt_neox": "gpt_neox.layers",
+    "gpt2": "transformer.h",
+    "gptj": "transformer.h",
+}
+
+
+def load_language_model(
+    lang_encoder_path, tokenizer_path, decoder_layers_attr_name=None, **where
+):
+    """Load a language model and a tokenizer, and add `<|endofchunk|>` and `<image>`.
+
+    Returns:
+        The model, extended with `FlamingoLMMixin`, and the tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **where)
+        lang_encoder = AutoModelForCausalLM.from_pretrained(
+            lang_encoder_path, dtype=torch.float32, **where
+        )
+    except OSError as error:
+        raise OSError(
+            f"cannot load the language model {lang_encoder_path!r} (without a network, "
+            f'give a folder, or use build_flamingo("tiny")): {error}'
+        ) from error
+    kind = lang_encoder.config.model_type
+    if decoder_layers_attr_name is None and kind not in DECODER_LAYERS:
+        raise ValueError(
+            f"where does a {kind!r} model keep its decoder layers? Say it with "
+            'decoder_layers_attr_name, e.g. "model.layers"'
+        )
+    tokens = ["<|endofchunk|>", "<image>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<PAD>"})
+    lang_encoder.config.pad_token_id = tokenizer.pad_token_id
+    lang_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    extend_instance(lang_encoder, FlamingoLMMixin)
+    lang_encoder.set_decoder_layers_attr_name(
+        decoder_layers_attr_name or DECODER_LAYERS[kind]
+    )
+    return lang_encoder, tokenizer
 
 
 def create_model_and_transforms(
@@ -212,17 +278,17 @@ def create_model_and_transforms(
     """Load the backbones, freeze them, and put a new Flamingo around them.
 
     Args:
-        clip_vision_encoder_path, clip_vision_encoder_pretrained: see `load_vision_encoder`.
+        clip_vision_encoder_path, …_pretrained: see `load_vision_encoder`.
         lang_encoder_path, tokenizer_path: names on the hub, or folders in its format.
         cross_attn_every_n_layers: N puts cross-attention before layers N, 2N, …
-        use_local_files: never ask the network.
+        use_local_files: never ask the network for the language model.
         decoder_layers_attr_name: where the language model keeps its decoder layers.
-        freeze_lm_embeddings: do not train the embeddings of the two new tokens either.
+        freeze_lm_embeddings: do not train the rows of the two new tokens either.
         cache_dir: where downloads are kept.
         **flamingo_kwargs: for `Flamingo`.
 
     Returns:
-        Flamingo, image processor (PIL picture to (3, H, W)), tokenizer.
+        Flamingo in eval mode, image processor (PIL picture to (3, H, W)), tokenizer.
 
     Raises:
         OSError: a backbone is not here and cannot be fetched.
@@ -232,70 +298,47 @@ def create_model_and_transforms(
         clip_vision_encoder_path, clip_vision_encoder_pretrained, cache_dir
     )
     where = {"local_files_only": use_local_files, "cache_dir": cache_dir}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **where)
-        lang_encoder = AutoModelForCausalLM.from_pretrained(
-            lang_encoder_path, dtype=torch.float32, **where
-        )
-    except OSError as error:
-        raise OSError(
-            f"cannot load the language model {lang_encoder_path!r}. Without a network, give "
-            'a folder made by save_pretrained, or use build_flamingo("tiny"), which needs no '
-            f"download. transformers says: {error}"
-        ) from error
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<|endofchunk|>", "<image>"]}
+    lang_encoder, tokenizer = load_language_model(
+        lang_encoder_path, tokenizer_path, decoder_layers_attr_name, **where
     )
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": "<PAD>"})
-    kind = lang_encoder.config.model_type
-    if decoder_layers_attr_name is None and kind not in DECODER_LAYERS:
-        raise ValueError(
-            f"where does a {kind!r} model keep its decoder layers? Say it with "
-            f'decoder_layers_attr_name, e.g. "model.layers" (known: {", ".join(DECODER_LAYERS)})'
-        )
-    extend_instance(lang_encoder, FlamingoLMMixin)
-    lang_encoder.set_decoder_layers_attr_name(
-        decoder_layers_attr_name or DECODER_LAYERS[kind]
-    )
-    lang_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    eoc, media = tokenizer.convert_tokens_to_ids(["<|endofchunk|>", "<image>"])
+    new = tokenizer.convert_tokens_to_ids(["<|endofchunk|>", "<image>"])
+    flamingo_kwargs["cross_attn_every_n_layers"] = cross_attn_every_n_layers
     model = Flamingo(
-        vision_encoder,
-        lang_encoder,
-        eoc,
-        media,
-        vis_dim=vision_encoder.dim,
-        cross_attn_every_n_layers=cross_attn_every_n_layers,
-        **flamingo_kwargs,
+        vision_encoder, lang_encoder, *new, vision_encoder.dim, **flamingo_kwargs
     )
     model.requires_grad_(False)
     model.perceiver.requires_grad_(True)
     lang_encoder.gated_cross_attn_layers.requires_grad_(True)
     if not freeze_lm_embeddings:
-        train_new_rows_only(lang_encoder.get_input_embeddings(), [eoc, media])
-    return model.train(False), image_processor, tokenizer
+        train_new_rows_only(lang_encoder.get_input_embeddings(), new)
+    return model.eval(), image_processor, tokenizer
 
 
-def train_new_rows_only(embedding, rows):
-    """Let gradient reach only these rows of an embedding table, (vocab, d_txt).
-
-    Tied input and output embeddings give every row a gradient; the old rows must not move.
-    Keep weight decay off this tensor: it needs no gradient to act.
-    """
-    keep = torch.zeros(len(embedding.weight), 1)
-    keep[rows] = 1.0
-    embedding.weight.requires_grad_(True)
-    embedding.weight.register_hook(lambda gradient: gradient * keep.to(gradient))
+SIZES = {
+    "tiny": {
+        "clip_vision_encoder_path": f"local-dir:{DATA / 'tiny_clip'}",
+        "clip_vision_encoder_pretrained": None,
+        "lang_encoder_path": str(DATA / "tiny_opt"),
+        "tokenizer_path": str(DATA / "tiny_opt"),
+        "perceiver_kwargs": {"depth": 2, "num_latents": 16, "heads": 4, "dim_head": 48},
+        "cross_attn_kwargs": {"heads": 4, "dim_head": 48},
+    },
+    "paper": {
+        "clip_vision_encoder_path": "ViT-L-14",
+        "clip_vision_encoder_pretrained": "openai",
+        "lang_encoder_path": "facebook/opt-125m",
+        "tokenizer_path": "facebook/opt-125m",
+    },
+}
 
 
 def build_flamingo(size=None, **kwargs):
     """The short way to a new, untrained Flamingo.
 
     Args:
-        size: "tiny", with the embedded backbones, or "paper", CLIP ViT-L-14 and OPT-125m;
-            None asks the environment variable FLAMINGO_LITE_SIZE, and takes "tiny" if it
-            is not set.
+        size: "tiny", with the embedded backbones, or "paper", CLIP ViT-L-14 and
+            OPT-125m; None asks the environment variable FLAMINGO_LITE_SIZE, and takes
+            "tiny" if it is not set.
         **kwargs: for `create_model_and_transforms`, over what the size says.
 
     Returns:
@@ -304,22 +347,18 @@ def build_flamingo(size=None, **kwargs):
     size = size or os.environ.get("FLAMINGO_LITE_SIZE", "tiny")
     if size not in SIZES:
         raise ValueError(f"no size {size!r}; there are {', '.join(map(repr, SIZES))}")
-    model, image_processor, tokenizer = create_model_and_transforms(
-        **{**SIZES[size], **kwargs}
-    )
-    model.config = {"size": size, **kwargs}
-    return model, image_processor, tokenizer
+    built = create_model_and_transforms(**{**SIZES[size], **kwargs})
+    built[0].config = {"size": size, **kwargs}
+    return built
 
 
 def trained_tensors(model):
-    """What training changes: {name: tensor}, of the embeddings only the two new rows."""
-    embedding = model.lang_encoder.get_input_embeddings().weight
-    tensors = {
-        f"perceiver.{name}": tensor for name, tensor in model.perceiver.state_dict().items()
-    }
-    for name, tensor in model.lang_encoder.gated_cross_attn_layers.state_dict().items():
-        tensors[f"lang_encoder.gated_cross_attn_layers.{name}"] = tensor
-    tensors["new_embeddings"] = embedding.data[[model.eoc_token_id, model.media_token_id]]
+    """What training changes, {name: tensor}; of the embeddings, the two new rows."""
+    parts = ("perceiver.", "lang_encoder.gated_cross_attn_layers.")
+    state = model.state_dict()
+    tensors = {name: state[name] for name in state if name.startswith(parts)}
+    embedding = model.lang_encoder.get_input_embeddings().weight.detach()
+    tensors["new_embeddings"] = embedding[[model.eoc_token_id, model.media_token_id]]
     return tensors
 
 
@@ -331,16 +370,30 @@ def save_flamingo(model, folder, dtype=None):
         folder: made if it is not there; gets `flamingo.safetensors` and `config.json`.
         dtype: e.g. torch.float16 halves the file.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(model.config, indent=2) + "\n"
     tensors = {
         name: tensor.to(dtype or tensor.dtype).contiguous()
         for name, tensor in trained_tensors(model).items()
     }
-    temporary = folder / "flamingo.tmp"
-    save_file(tensors, temporary)
-    os.replace(temporary, folder / "flamingo.safetensors")  # whole, or not there
-    (folder / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config)
+    save_file(tensors, folder / "flamingo.tmp")
+    os.replace(folder / "flamingo.tmp", folder / "flamingo.safetensors")  # whole or not
+
+
+def _misfits(saved, wanted):
+    """Say, tensor by tensor, why `saved` cannot be loaded where `wanted` is."""
+    for name in sorted(wanted.keys() | saved.keys()):
+        if name not in saved:
+            yield f"missing: {name}"
+        elif name not in wanted:
+            yield f"unexpected: {name}"
+        elif saved[name].shape != wanted[name].shape:
+            shapes = tuple(saved[name].shape), tuple(wanted[name].shape)
+            yield "{} is {}, want {}".format(name, *shapes)
+        elif not (saved[name].is_floating_point() and saved[name].isfinite().all()):
+            yield f"{name} holds something other than finite floats"
 
 
 def load_flamingo(folder_or_name="tiny"):
@@ -356,32 +409,23 @@ def load_flamingo(folder_or_name="tiny"):
         OSError: no such folder, or its weights file cannot be read.
         ValueError: the weights are of another size or of another model.
     """
-    folder = DATA / "tiny_flamingo" if folder_or_name == "tiny" else Path(folder_or_name)
+    tiny = DATA / "tiny_flamingo"
+    folder = tiny if folder_or_name == "tiny" else Path(folder_or_name)
     weights = folder / "flamingo.safetensors"
     if not weights.is_file() or not (folder / "config.json").is_file():
         raise OSError(f"no flamingo.safetensors and config.json in {folder}")
-    config = json.loads((folder / "config.json").read_text())
-    model, image_processor, tokenizer = build_flamingo(**config)
     try:
         saved = load_file(weights)
     except SafetensorError as error:
-        raise OSError(f"{weights} is damaged or not a safetensors file: {error}") from error
-    wanted = trained_tensors(model)
-    problems = [f"missing: {name}" for name in wanted.keys() - saved.keys()]
-    problems += [f"unexpected: {name}" for name in saved.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {tuple(saved[name].shape)}, want {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & saved.keys()
-        if saved[name].shape != wanted[name].shape
-    ]
+        raise OSError(f"{weights} is no safetensors file: {error}") from error
+    config = json.loads((folder / "config.json").read_text())
+    model, image_processor, tokenizer = build_flamingo(**config)
+    problems = list(_misfits(saved, trained_tensors(model)))
     if problems:
-        shown = "\n  ".join(sorted(problems)[:5])
+        shown = "\n  ".join(problems[:5])
         raise ValueError(f"{weights} does not fit size {config['size']!r}:\n  {shown}")
     embedding = model.lang_encoder.get_input_embeddings().weight
     rows = [model.eoc_token_id, model.media_token_id]
-    with torch.no_grad():
-        embedding[rows] = saved.pop("new_embeddings").to(embedding.dtype)
-    model.load_state_dict(
-        {name: tensor.float() for name, tensor in saved.items()}, strict=False
-    )
+    embedding.data[rows] = saved.pop("new_embeddings").to(embedding.dtype)
+    model.load_state_dict(saved, strict=False)
     return model, image_processor, tokenizer

@@ -1,4 +1,14 @@
-"""Perceiver Resampler: any number of visual tokens in, a fixed number of latents out."""
+# Written by tools/sync.py from book/02_perceiver.ipynb: edit the notebook, not this file.
+"""Perceiver Resampler: any number of visual tokens in, n latents out.
+
+Exported from book/02_perceiver.ipynb. Shapes:
+
+    x        (B, T_img, F, v, d)   visual tokens of F frames, from CLIP
+    tokens   (B, T_img, F * v, d)  the same, frames one after the other
+    latents  (B, T_img, n, d)      n learned questions for each image
+
+No position is added to the v tokens of a frame: CLIP has put it into them already.
+"""
 
 import torch
 from einops import rearrange, repeat
@@ -6,7 +16,7 @@ from torch import nn
 
 
 def FeedForward(dim, mult=4):
-    """Two linear layers with a GELU between, after a LayerNorm (Flamingo, appendix A.1.2).
+    """Two linear layers with a GELU between, after a LayerNorm, as in OpenFlamingo.
 
     Args:
         dim: width d in and out.
@@ -52,14 +62,24 @@ class PerceiverAttention(nn.Module):
         Returns:
             (B, T_img, n, d), to be added to the latents.
         """
-        tokens = self.norm_media(x)
-        asking = self.norm_latents(latents)
-        q = self.to_q(asking)
-        k, v = self.to_kv(torch.cat((tokens, asking), dim=-2)).chunk(2, dim=-1)
-        split = "B T_img tokens (h d) -> B T_img h tokens d"
+        asking = self.norm_latents(latents)  # (B, T_img, n, d)
+        answering = torch.cat((self.norm_media(x), asking), dim=-2)
+        q = self.to_q(asking)  # (B, T_img, n, h * d_head)
+        # Keys and values: (B, T_img, F * v + n, h * d_head) each.
+        k, v = self.to_kv(answering).chunk(2, dim=-1)
+        # The library's fast attention wants four axes, so B and T_img become one.
+        split = "B T_img tokens (h d) -> (B T_img) h tokens d"
         q, k, v = (rearrange(t, split, h=self.heads) for t in (q, k, v))
-        read = nn.functional.scaled_dot_product_attention(q, k, v)  # (B, T_img, h, n, d_head)
-        return self.to_out(rearrange(read, "B T_img h n d -> B T_img n (h d)"))
+        read = nn.functional.scaled_dot_product_attention(q, k, v)
+        join = "(B T_img) h n d -> B T_img n (h d)"
+        return self.to_out(rearrange(read, join, B=len(x)))  # (B, T_img, n, d)
+
+
+def _first_rows(table, size, what):
+    """(size, ...): the first rows of a table of embeddings, if it has so many."""
+    if size > len(table):
+        raise ValueError(f"{size} {what}, but embeddings for {len(table)} only")
+    return table[:size]
 
 
 class PerceiverResampler(nn.Module):
@@ -70,8 +90,8 @@ class PerceiverResampler(nn.Module):
         depth: number of layers.
         dim_head, heads: see `PerceiverAttention`.
         num_latents: n.
-        max_num_media: give image number 1, 2, … of a sequence its own learned embedding.
-        max_num_frames: give frame number 1, 2, … of an image its own learned embedding.
+        max_num_media: give image 1, 2, … of a sequence its own learned embedding.
+        max_num_frames: give frame 1, 2, … of an image its own learned embedding.
         ff_mult: see `FeedForward`.
     """
 
@@ -94,45 +114,28 @@ class PerceiverResampler(nn.Module):
             self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim))
         if max_num_media is not None:
             self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim))
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads),
-                    FeedForward(dim=dim, mult=ff_mult),
-                ]
-            )
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            attention = PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads)
+            self.layers.append(nn.ModuleList([attention, FeedForward(dim, ff_mult)]))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x):
-        """Resample.
-
-        Args:
-            x: (B, T_img, F, v, d) visual tokens.
-
-        Returns:
-            (B, T_img, n, d) latents.
+        """Map x, (B, T_img, F, v, d), to latents, (B, T_img, n, d).
 
         Raises:
-            ValueError: `x` is not 5-dimensional, or has more images or frames than embeddings.
+            ValueError: not 5 axes, or more frames or images than embeddings.
         """
         if x.ndim != 5:
             raise ValueError(f"want (B, T_img, F, v, d), got {tuple(x.shape)}")
         B, T_img, F = x.shape[:3]
-        for name, table, size in (
-            ("frames", self.frame_embs, F),
-            ("images", self.media_time_embs, T_img),
-        ):
-            if table is not None and size > len(table):
-                raise ValueError(f"{size} {name}, but embeddings for {len(table)} only")
         if self.frame_embs is not None:
-            x = x + rearrange(self.frame_embs[:F], "F d -> F 1 d")
+            x = x + _first_rows(self.frame_embs, F, "frames")[:, None]  # + (F, 1, d)
         tokens = rearrange(x, "B T_img F v d -> B T_img (F v) d")
-        if self.media_time_embs is not None:
-            tokens = tokens + self.media_time_embs[:T_img]
+        if self.media_time_embs is not None:  # + (T_img, 1, d)
+            tokens = tokens + _first_rows(self.media_time_embs, T_img, "images")
         latents = repeat(self.latents, "n d -> B T_img n d", B=B, T_img=T_img)
         for attention, feed_forward in self.layers:
-            latents = attention(tokens, latents) + latents
-            latents = feed_forward(latents) + latents
+            latents = attention(tokens, latents) + latents  # (B, T_img, n, d)
+            latents = feed_forward(latents) + latents  # (B, T_img, n, d)
         return self.norm(latents)

@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 import open_clip  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, ImageChops, ImageFilter, ImageOps  # noqa: E402
+from muon import Muon  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tiny_text import a  # noqa: E402
 
@@ -91,7 +92,7 @@ class Batches:
         }
         self.things = list(self.sprites)
         named = {row["thing"] for row in rows if row["named"]}
-        weight = np.array([1.0 if thing in named else 0.4 for thing in self.things])
+        weight = np.array([1.0 if thing in named else 0.25 for thing in self.things])
         self.weight = weight / weight.sum()
         self.seed, self.n_singles, self.n_pairs = seed, n_singles, n_pairs
 
@@ -165,7 +166,7 @@ def save_checkpoint(path, state):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--singles", type=int, default=72)
     parser.add_argument("--pairs", type=int, default=40)
@@ -176,6 +177,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "tiny_clip")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # tiny gradients make Muon slow otherwise
     torch.manual_seed(args.seed)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     checkpoint = args.checkpoints / "last.pt"
@@ -189,34 +191,44 @@ def main():
     batches = Batches(rows, args.seed, args.singles, args.pairs)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+    inner = [p for n, p in model.named_parameters() if p.ndim >= 2 and "resblocks" in n]
+    outer = [p for p in decayed if all(p is not q for q in inner)]
+    muon = Muon(inner, lr=args.lr, weight_decay=0.05)
+    adam = torch.optim.AdamW(
+        [{"params": outer, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
         lr=args.lr,
         betas=(0.9, 0.98),
         fused=True,
     )
+    optimizers = {"muon": muon, "adam": adam}
     clip_loss = open_clip.ClipLoss()
     first, log = 0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, optimizer in optimizers.items():
+            if name in state:
+                optimizer.load_state_dict(state[name])
         first, log = state["step"], state["log"]
         print(f"resumed at step {first}", flush=True)
 
     seen, started, running = first, time.time(), 0.0
     for step in range(first, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.lr)
+        if step >= args.steps * 0.7:  # the last part with whole pictures, as FLIP does
+            model.visual.patch_dropout.prob = 0.0
         pixels, captions = batches(step)
         pooled, _ = model.visual(pixels)  # (B, d), and the tokens that Flamingo reads
         image = torch.nn.functional.normalize(pooled, dim=-1)
         text = model.encode_text(tokenizer(captions), normalize=True)
         loss = clip_loss(image, text, model.logit_scale.exp())
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        muon.step()
+        adam.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         running += loss.item()
@@ -230,7 +242,8 @@ def main():
                 log.append(f"step {done} loss {last_running:.3f} zero-shot {json.dumps(accuracy)}")
                 print(log[-1], flush=True)
             if done % 250 == 0 or done == args.steps:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state = {name: o.state_dict() for name, o in optimizers.items()}
+                state["model"] = model.state_dict()
                 save_checkpoint(checkpoint, {**state, "step": done, "log": log})
 
     half = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}

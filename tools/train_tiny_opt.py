@@ -90,7 +90,7 @@ def learning_rate(step, steps, peak, warmup=100, decay=0.3):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--rows", type=int, default=24, help="rows of 128 tokens in a batch")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

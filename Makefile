@@ -1,0 +1,40 @@
+# Two commands:
+#   make book   set up, run every notebook on this machine, render _build/html/index.html
+#   make test   set up, then every check
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/ready
+RUN := $(VENV)/bin/python
+
+export FLAMINGO_LITE_SIZE = tiny
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: book test clean
+
+book: $(READY)
+	$(RUN) tools/build.py --run
+
+test: $(READY)
+	$(RUN) tools/sync.py --check
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest
+	$(RUN) tools/build.py
+	$(RUN) tests/offline.py _build/html
+
+$(READY): requirements.txt tests/requirements-parity.txt
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "Python is missing: install Python 3.11 or newer, or: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is too old: Python 3.11 or newer is needed"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "pip is missing: install Python's venv and pip (Debian: apt install python3-venv)"; exit 1; }
+	@echo "Installing into $(VENV): some minutes and about 6 GB, once."
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r requirements.txt
+	@$(RUN) -m pip install -q --no-deps -r tests/requirements-parity.txt || \
+	  echo "open-flamingo could not be installed: the parity tests will be skipped"
+	@touch $@
+
+clean:
+	rm -rf _build $(VENV)

@@ -1,0 +1,136 @@
+"""The drawings that several chapters share. Not part of the package."""
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
+
+PINK, PALE, GREY, INK = "#d6336c", "#fbe3ec", "#e9ecef", "#343a40"
+
+# name -> (left, bottom, width, height, label, shape that comes out)
+BLOCKS = {
+    "data": (0.0, 0.9, 1.6, 2.4, "pictures\nand text", ""),
+    "vision": (2.3, 2.4, 1.8, 0.9, "CLIP\nfeatures", "(B, T_img, F, v, d_img)"),
+    "perceiver": (5.0, 2.4, 1.8, 0.9, "Perceiver\nResampler", "(B, T_img, n, d_img)"),
+    "cross_attention": (6.6, 0.9, 1.9, 0.9, "gated masked\ncross-attention", ""),
+    "lm": (8.9, 0.9, 1.9, 0.9, "language model\nlayer (frozen)", ""),
+    "loss": (12.0, 0.9, 1.3, 0.9, "shifted\nloss", ""),
+}
+ARROWS = [
+    ((1.6, 2.85), (2.3, 2.85)),
+    ((4.1, 2.85), (5.0, 2.85)),
+    ((6.8, 2.85), (7.55, 1.82)),
+    ((1.6, 1.35), (6.6, 1.35)),
+    ((8.5, 1.35), (8.9, 1.35)),
+    ((10.8, 1.35), (12.0, 1.35)),
+]
+
+
+def flamingo_map(lit):
+    """Draw the whole model with one part lit: "you are here".
+
+    Args:
+        lit: "data", "vision", "perceiver", "cross_attention", "layers", "model", "loss",
+            or "training" (everything).
+    """
+    frames = {"layers": (6.35, 0.65, 4.7, 1.4), "model": (1.95, 0.35, 9.35, 3.2)}
+    known = {*BLOCKS, *frames, "training"} - {"lm"}
+    if lit not in known:
+        raise ValueError(f"no part {lit!r}; there are {', '.join(sorted(known))}")
+    fig, ax = plt.subplots(figsize=(8.6, 2.9), facecolor="white")
+    for name, (left, bottom, width, height) in frames.items():
+        on = lit in (name, "training")
+        box = FancyBboxPatch(
+            (left, bottom),
+            width,
+            height,
+            boxstyle="round,pad=0.02,rounding_size=0.15",
+            facecolor=PALE if on else "none",
+            edgecolor=PINK if on else "#adb5bd",
+            linewidth=2 if on else 1,
+            linestyle="-" if on else ":",
+            zorder=0 if name == "model" else 1,
+        )
+        ax.add_patch(box)
+    ax.text(10.95, 2.15, "Flamingo layer × N", ha="right", fontsize=8, color=INK)
+    ax.text(2.0, 0.08, "Flamingo", fontsize=8, color=INK)
+    for name, (left, bottom, width, height, label, shape) in BLOCKS.items():
+        on = lit in (name, "training") and name != "lm"
+        box = FancyBboxPatch(
+            (left, bottom),
+            width,
+            height,
+            boxstyle="round,pad=0.02,rounding_size=0.12",
+            facecolor=PINK if on else GREY,
+            edgecolor=PINK if on else "#adb5bd",
+            zorder=2,
+        )
+        ax.add_patch(box)
+        middle = (left + width / 2, bottom + height / 2)
+        colour = "white" if on else INK
+        ax.text(*middle, label, ha="center", va="center", fontsize=9, color=colour, zorder=3)
+        ax.text(middle[0], bottom - 0.28, shape, ha="center", fontsize=7, color=INK, zorder=3)
+    for start, end in ARROWS:
+        arrow = {"arrowstyle": "->", "color": INK, "lw": 1.2}
+        ax.annotate("", end, start, arrowprops=arrow, zorder=3)
+    ax.text(11.45, 1.45, "logits", ha="center", fontsize=7, color=INK)
+    ax.text(4.1, 1.45, "text (B, T_txt, d_txt)", ha="center", fontsize=7, color=INK)
+    ax.set_xlim(-0.1, 13.4)
+    ax.set_ylim(0, 3.7)
+    ax.axis("off")
+    fig.tight_layout()
+    plt.show()
+
+
+def show_pictures(pictures, titles=None, columns=6, colours=None, size=1.5):
+    """Show pictures in rows, each with a title under which a reader can check it.
+
+    Args:
+        pictures: PIL pictures.
+        titles: a string for each.
+        columns: pictures in a row.
+        colours: of the titles, a name for each.
+        size: inches for a picture's side.
+    """
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(columns * size, rows * (size + 0.2 * lines)),
+        facecolor="white",
+        squeeze=False,
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for i, (ax, picture) in enumerate(zip(axes.flat, pictures, strict=False)):
+        ax.imshow(picture)
+        if titles:
+            colour = colours[i] if colours else INK
+            ax.set_title(titles[i], fontsize=8, color=colour)
+    fig.tight_layout()
+    plt.show()
+
+
+def show_mask(may_look, words, columns=None):
+    """Draw who may look at which picture: one row for a word, one column for a picture.
+
+    Args:
+        may_look: (T_txt, T_img) bool.
+        words: T_txt strings.
+        columns: T_img strings; "image 1", … when None.
+    """
+    T_txt, T_img = may_look.shape
+    columns = columns or [f"image {i}" for i in range(1, T_img + 1)]
+    fig, ax = plt.subplots(figsize=(1.4 + 0.9 * T_img, 0.6 + 0.28 * T_txt), facecolor="white")
+    ax.imshow(may_look.float(), cmap="RdPu", vmin=0, vmax=1.4, aspect="auto")
+    ax.set_xticks(range(T_img), columns, fontsize=8)
+    ax.set_yticks(range(T_txt), words, fontsize=8)
+    ax.xaxis.tick_top()
+    for edge in range(1, max(T_txt, T_img)):
+        ax.axhline(edge - 0.5, color="white", lw=1.5)
+        if edge < T_img:
+            ax.axvline(edge - 0.5, color="white", lw=1.5)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    fig.tight_layout()
+    plt.show()

@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Write the package from the notebooks, and each notebook's setup cell and Colab link.
+
+    python tools/sync.py            write what is out of step
+    python tools/sync.py --check    write nothing; exit 1 and name what is out of step
+
+A cell that starts with `#| default_exp NAME` names the module, and the cells that start
+with `#| export` make it up (nbdev's directives). The repository's address comes from
+_config.yml, the only place that knows it.
+"""
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+DIRECTIVE = re.compile(r"^#\|\s*(default_exp|export)\b[ \t]*(\S*)[ \t]*\n?", re.M)
+SETUP = """\
+# Setup. In Colab: fetch the book once. In a clone there is nothing to fetch.
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("figures.py"):
+    book = "{url}"
+    clone = f"git clone -q --depth=1 --branch={branch} {{book}} flamingo_lite"
+    subprocess.run(clone, shell=True, check=True)
+    subprocess.run("pip install -q open_clip_torch", shell=True, check=True)
+    os.chdir("flamingo_lite/book")
+sys.path.insert(0, os.path.abspath(".."))"""
+COLAB = re.compile(r"^\[Open in Colab\]\(.*?\)", re.M)
+COLAB_LINK = "[Open in Colab](https://colab.research.google.com/github/{slug}/blob/{branch}/book/{name})"
+INIT = '''\
+"""Flamingo, one tensor at a time. Written by the notebooks in book/; see README.md."""
+
+from importlib import import_module
+
+_HOME = {{
+{names}}}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    """Import a name's module when the name is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
+    return getattr(import_module(f"{{__name__}}.{{_HOME[name]}}"), name)
+'''
+
+
+def public_names(tree):
+    """Names that a module's top level defines, without those that start with `_`."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [t.id for t in node.targets if isinstance(t, ast.Name)]
+        else:
+            names = []
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def export(path, notebook):
+    """(module name, source, public names) of one notebook, or None if it exports nothing."""
+    module, parts, names = None, [], []
+    for number, cell in enumerate(notebook.cells):
+        match = DIRECTIVE.match(cell.source) if cell.cell_type == "code" else None
+        if match is None:
+            continue
+        if match[1] == "default_exp":
+            module = match[2]
+            continue
+        code = DIRECTIVE.sub("", cell.source).strip()
+        try:
+            names += public_names(ast.parse(code))
+        except SyntaxError as error:
+            sys.exit(f"{path.name}, cell {number}: {error.msg} (line {error.lineno})")
+        parts.append(code)
+    if not parts:
+        return None
+    if module is None:
+        sys.exit(f"{path.name}: `#| export` without `#| default_exp NAME`")
+    head = f"# Written by tools/sync.py from book/{path.name}.\n"
+    head += "# Edit the notebook, not this file.\n"
+    return module, head + "\n\n\n".join(parts) + "\n", names
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    setup = SETUP.format(**repository)
+    slug = repository["url"].removeprefix("https://github.com/")
+    wanted, home = {}, {}
+    for path in sorted((ROOT / "book").glob("[0-9]*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        found = [c for c in notebook.cells if "setup" in c.metadata.get("tags", [])]
+        if len(found) != 1:
+            sys.exit(f"{path.name}: want one cell tagged `setup`, found {len(found)}")
+        title = notebook.cells[0]
+        if not COLAB.search(title.source):
+            sys.exit(f"{path.name}: the first cell has no line [Open in Colab]()")
+        link = COLAB_LINK.format(slug=slug, branch=repository["branch"], name=path.name)
+        new_title = COLAB.sub(lambda _, link=link: link, title.source)
+        if (found[0].source, title.source) != (setup, new_title):
+            found[0].source, title.source = setup, new_title
+            wanted[path] = nbformat.writes(notebook) + "\n"
+        exported = export(path, notebook)
+        if exported:
+            module, source, names = exported
+            wanted[ROOT / "flamingo_lite" / f"{module}.py"] = source
+            home |= dict.fromkeys(names, module)
+    names = "".join(f'    "{name}": "{module}",\n' for name, module in home.items())
+    wanted[ROOT / "flamingo_lite" / "__init__.py"] = INIT.format(names=names)
+    stale = [p for p, text in wanted.items() if not p.exists() or p.read_text() != text]
+    for path in sorted((ROOT / "flamingo_lite").glob("*.py")):
+        if path not in wanted:
+            sys.exit(f"flamingo_lite/{path.name}: no notebook exports it")
+    if not check:
+        for path in stale:
+            path.write_text(wanted[path])
+    print("out of step:" if check else "wrote:", ", ".join(p.name for p in stale) or "nothing")
+    sys.exit(bool(check and stale))
+
+
+if __name__ == "__main__":
+    main()
