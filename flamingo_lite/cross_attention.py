@@ -1,4 +1,5 @@
-# Written by tools/sync.py from book/03_cross_attention.ipynb: edit the notebook, not this file.
+# Written by tools/sync.py from book/03_cross_attention.ipynb.
+# Edit the notebook, not this file.
 """Masked cross-attention: text tokens ask, image latents answer.
 
 The code of book/03_cross_attention.ipynb. Shapes, spelled as in every chapter:

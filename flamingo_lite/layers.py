@@ -1,4 +1,5 @@
-# Written by tools/sync.py from book/04_flamingo_layer.ipynb: edit the notebook, not this file.
+# Written by tools/sync.py from book/04_flamingo_layer.ipynb.
+# Edit the notebook, not this file.
 """Flamingo layers: put a gated cross-attention block before a frozen decoder layer."""
 
 from inspect import signature

@@ -65,7 +65,7 @@ def shifted_cross_entropy(logits, labels, reduction="mean"):
         raise ValueError(f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}")
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is "mean" or "none", not {reduction!r}')
-    answers = labels[:, 1:]  # (B, T_txt - 1)
+    answers = labels[:, 1:].to(logits.device)  # (B, T_txt - 1)
     asked = answers != IGNORE  # (B, T_txt - 1)
     if not asked.any():
         raise ValueError("no token has a label: is there text after an <image>?")

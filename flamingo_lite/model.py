@@ -1,4 +1,5 @@
-# Written by tools/sync.py from book/05_model.ipynb: edit the notebook, not this file.
+# Written by tools/sync.py from book/05_model.ipynb.
+# Edit the notebook, not this file.
 """The whole model: vision encoder, Perceiver and a language model of Flamingo layers.
 
 Shapes, from pictures to answers:

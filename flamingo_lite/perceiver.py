@@ -1,4 +1,5 @@
-# Written by tools/sync.py from book/02_perceiver.ipynb: edit the notebook, not this file.
+# Written by tools/sync.py from book/02_perceiver.ipynb.
+# Edit the notebook, not this file.
 """Perceiver Resampler: any number of visual tokens in, n latents out.
 
 Exported from book/02_perceiver.ipynb. Shapes:

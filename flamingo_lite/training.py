@@ -1,3 +1,5 @@
+# Written by tools/sync.py from book/09_training.ipynb.
+# Edit the notebook, not this file.
 """Training: from cached features, resumable, with a report against controls."""
 
 import math
@@ -9,15 +11,20 @@ import numpy as np
 import torch
 
 from flamingo_lite.data import collate
-from flamingo_lite.loss import shifted_cross_entropy
+from flamingo_lite.loss import IGNORE, shifted_cross_entropy
 
 
 def parameter_groups(model, lr, gate_factor=30.0):
-    """Sort what is trained by what it needs.
+    """Sort what is trained by what it needs: three groups for AdamW, with their peak rate.
 
-    Everything behind a closed gate gets almost no gradient, so the gates learn
-    `gate_factor` times faster. Weight decay is for matrices; never for the embeddings,
-    whose old rows must not move.
+    Behind a closed gate nothing gets a gradient, so the gates learn `gate_factor` times
+    faster. Weight decay is for matrices, never for the embeddings, whose old rows must
+    not move.
+
+    Args:
+        model: a Flamingo.
+        lr: the peak learning rate of everything but the gates.
+        gate_factor: how many times faster the gates learn.
     """
     gates, matrices, others = [], [], []
     embedding = model.lang_encoder.get_input_embeddings().weight
@@ -44,11 +51,43 @@ def schedule(step, n_steps, warmup=50):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup)))
 
 
-def save_checkpoint(path, state):
-    """Write beside, then rename: a checkpoint is whole or is not there."""
+def batch_for_step(n_pictures, batch_size, step, seed):
+    """Rows of batch number `step`; each epoch has an order of its own, from the seed."""
+    per_epoch = max(1, n_pictures // batch_size)
+    epoch, number = divmod(step, per_epoch)
+    order = np.random.default_rng((seed, epoch)).permutation(n_pictures)
+    return order[number * batch_size : (number + 1) * batch_size].tolist()
+
+
+def save_checkpoint(path, model, optimizer, **progress):
+    """Write what is trained and where we are; the file is whole or is not there."""
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: t for name, t in model.state_dict().items() if name in names}
+    state = {"trained": trained, "optimizer": optimizer.state_dict(), **progress}
     temporary = Path(path).with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
+
+
+def load_checkpoint(path, model, optimizer):
+    """Go on from a checkpoint: (steps done, history).
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another model.
+    """
+    try:
+        state = torch.load(path, weights_only=True)
+        unexpected = model.load_state_dict(
+            state["trained"], strict=False
+        ).unexpected_keys
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:
+        raise ValueError(
+            f"cannot go on from {path}; delete it to start anew: {error}"
+        ) from error
+    if unexpected:
+        raise ValueError(f"{path} is of another model: it has {unexpected[:3]}")
+    return state["step"], state["history"]
 
 
 def train(
@@ -79,30 +118,28 @@ def train(
         report: called with each line.
 
     Returns:
-        list of {"step", "loss", "gates"}, one entry every 10 steps: the mean loss, and
-        tanh of each gate.
+        list of {"step", "loss", "gates"}, one for each step: tanh of every gate.
 
     Raises:
-        ValueError: not as many texts as pictures.
+        ValueError: not as many texts as pictures, or a checkpoint that does not fit.
     """
     if len(features) != len(texts):
         raise ValueError(f"{len(features)} pictures, but {len(texts)} texts")
+    device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(
         parameter_groups(model, lr, gate_factor), lr=lr, betas=(0.9, 0.98), fused=True
     )
     gates = [p for name, p in model.named_parameters() if name.endswith("_gate")]
     trained = [p for p in model.parameters() if p.requires_grad]
-    first, history, recent = 0, [], []
+    first, history = 0, []
     if checkpoint is not None and Path(checkpoint).exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["trained"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        first, history, recent = state["step"], state["history"], state["recent"]
+        first, history = load_checkpoint(checkpoint, model, optimizer)
     model.train()
-    started, pictures = time.perf_counter(), torch.arange(len(features))
+    started = time.perf_counter()
     for step in range(first, n_steps):
-        batch_rows = batch_for_step(len(pictures), batch_size, step, seed)
-        batch = collate([(features[i][None], [texts[i]]) for i in batch_rows], tokenizer)
+        rows = batch_for_step(len(features), batch_size, step, seed)
+        batch = collate([(features[i][None], [texts[i]]) for i in rows], tokenizer)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, n_steps)
         loss = model(None, **batch).loss
@@ -110,85 +147,91 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        recent.append(loss.item())
+        opened = [round(gate.tanh().item(), 4) for gate in gates]
+        history.append({"step": step + 1, "loss": loss.item(), "gates": opened})
         done = step + 1
-        if done % 10 == 0 or done == n_steps:
-            opened = [round(gate.tanh().item(), 4) for gate in gates]
-            history.append({"step": done, "loss": sum(recent) / len(recent), "gates": opened})
-            recent = []
         if done % report_every == 0 or done == n_steps:
-            seconds = time.perf_counter() - started
-            pace = (done - first) / seconds
-            left = (n_steps - done) / pace
+            recent = [entry["loss"] for entry in history[-report_every:]]
+            pace = (done - first) / (time.perf_counter() - started)
             report(
-                f"step {done:5d}/{n_steps}  loss {history[-1]['loss']:.3f}  "
-                f"{pace * batch_size:.0f} pictures/s  {left:.0f} s left"
+                f"step {done:5d} of {n_steps}  loss {sum(recent) / len(recent):.3f}  "
+                f"{pace * batch_size:.0f} pictures/s  {(n_steps - done) / pace:.0f} s left"
             )
             if checkpoint is not None:
-                names = {n for n, p in model.named_parameters() if p.requires_grad}
-                state = {n: t for n, t in model.state_dict().items() if n in names}
                 save_checkpoint(
-                    checkpoint,
-                    {
-                        "trained": state,
-                        "optimizer": optimizer.state_dict(),
-                        "step": done,
-                        "history": history,
-                        "recent": recent,
-                    },
+                    checkpoint, model, optimizer, step=done, history=history
                 )
     model.eval()
     return history
 
 
-def batch_for_step(n_pictures, batch_size, step, seed):
-    """Rows of batch number `step`: each epoch in an order of its own, known from the seed."""
-    per_epoch = max(1, n_pictures // batch_size)
-    epoch, number = divmod(step, per_epoch)
-    order = np.random.default_rng((seed, epoch)).permutation(n_pictures)
-    return order[number * batch_size : (number + 1) * batch_size].tolist()
-
-
 @torch.no_grad()
 def caption_losses(model, tokenizer, features, texts, batch_size=100):
-    """The mean loss per token of each caption: (pictures,).
-
-    Args: as `train`.
-    """
-    losses = []
+    """The mean loss per token of each caption: (pictures,). Arguments as `train`."""
+    losses, device = [], next(model.parameters()).device
     for start in range(0, len(texts), batch_size):
         rows = range(start, min(start + batch_size, len(texts)))
         batch = collate([(features[i][None], [texts[i]]) for i in rows], tokenizer)
-        labels = batch.pop("labels")
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")  # (B, T_txt)
         logits = model(None, **batch).logits  # (B, T_txt, vocab)
         per_token = shifted_cross_entropy(logits, labels, reduction="none")
-        losses.append(per_token.sum(dim=1) / (labels[:, 1:] != -100).sum(dim=1))
-    return torch.cat(losses)
+        losses.append(per_token.sum(dim=1) / (labels[:, 1:] != IGNORE).sum(dim=1))
+    return torch.cat(losses).cpu()
 
 
 @torch.no_grad()
-def caption_features(model, tokenizer, features, batch_size=100, max_new_tokens=20):
-    """Write a caption for each picture, greedily: list of strings."""
-    prompt = tokenizer("<image>", return_tensors="pt").input_ids  # (1, T_txt)
+def caption_features(model, tokenizer, features, batch_size=100, max_new_tokens=24):
+    """Write a caption for each picture, greedily: list of strings.
+
+    Args: as `train`; `max_new_tokens` is where a caption that does not end is cut.
+    """
+    device = next(model.parameters()).device
+    prompt = tokenizer("<image>", return_tensors="pt").input_ids.to(
+        device
+    )  # (1, T_txt)
     captions = []
     for start in range(0, len(features), batch_size):
-        some = features[start : start + batch_size, None].float()  # (B, 1, F, v, d_img)
-        lang_x = prompt.expand(len(some), -1)
+        some = features[start : start + batch_size, None]  # (B, 1, F, v, d_img)
+        lang_x = prompt.expand(len(some), -1)  # (B, T_txt)
         ids = model.generate(
             None,
             lang_x,
             attention_mask=torch.ones_like(lang_x),
-            vision_features=some,
+            vision_features=some.float().to(device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )
-        captions += tokenizer.batch_decode(ids[:, lang_x.shape[1] :], skip_special_tokens=True)
+        new = ids[:, lang_x.shape[1] :]
+        captions += tokenizer.batch_decode(new, skip_special_tokens=True)
     return [caption.strip() for caption in captions]
+
+
+def score_captions(captions, scenes):
+    """Compare captions with the truth.
+
+    Args:
+        captions: list of strings.
+        scenes: as many dicts with "text" and "things".
+
+    Returns:
+        dict of two lists of numbers, one for each scene: "exact", 0 or 1, and "things",
+        the share of its things that the caption names.
+    """
+    exact, named = [], []
+    for caption, scene in zip(captions, scenes, strict=True):
+        words = f" {caption} "
+        exact.append(float(caption == scene["text"]))
+        found = [f" {thing} " in words for thing in scene["things"]]
+        named.append(sum(found) / len(found))
+    return {"exact": exact, "things": named}
 
 
 def bootstrap_interval(values, n_samples=2000, seed=0):
     """Mean and 95 % bootstrap interval of some numbers: (mean, low, high)."""
     values = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(values), (n_samples, len(values)))
+    draws = np.random.default_rng(seed).integers(
+        0, len(values), (n_samples, len(values))
+    )
     low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
     return float(values.mean()), float(low), float(high)

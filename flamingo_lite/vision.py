@@ -1,4 +1,13 @@
-"""CLIP features: pictures in, one vector per patch out."""
+# Written by tools/sync.py from book/01_clip_features.ipynb.
+# Edit the notebook, not this file.
+"""CLIP features: pictures in, one vector per patch out.
+
+Exported from book/01_clip_features.ipynb. Shapes:
+
+    pixels   (B, T_img, F, 3, H, W)    as the image processor makes them
+    flat     (B * T_img * F, 3, H, W)  what a CLIP takes
+    patches  (B, T_img, F, v, d_img)   the grid of patch tokens, without CLS
+"""
 
 import os
 from pathlib import Path
@@ -18,10 +27,16 @@ class VisionEncoder(nn.Module):
     Attributes:
         visual: the tower, in eval mode, set to return (pooled, tokens).
         dim: d_img, the width of a token.
+
+    Raises:
+        ValueError: the tower is no vision transformer of open_clip's own.
     """
 
     def __init__(self, clip):
         super().__init__()
+        if not isinstance(clip.visual, open_clip.transformer.VisionTransformer):
+            kind = type(clip.visual).__name__
+            raise ValueError(f"want a VisionTransformer of open_clip's, got {kind}")
         self.visual = clip.visual
         self.visual.output_tokens = True
         self.dim = self.visual.conv1.out_channels
@@ -33,25 +48,23 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels):
-        """Encode.
-
-        Args:
-            pixels: (B, T_img, F, 3, H, W), as the image processor makes them.
+        """Encode pixels, (B, T_img, F, 3, H, W), as the image processor makes them.
 
         Returns:
             (B, T_img, F, v, d_img) patch tokens, without CLS.
 
         Raises:
-            ValueError: `pixels` is not 6-dimensional.
+            ValueError: `pixels` is not 6-dimensional, or not of the tower's size.
         """
-        if pixels.ndim != 6:
-            raise ValueError(f"want (B, T_img, F, 3, H, W), got {tuple(pixels.shape)}")
+        picture = (3, *self.visual.image_size)
+        if pixels.ndim != 6 or pixels.shape[3:] != picture:
+            want = f"(B, T_img, F, {', '.join(map(str, picture))})"
+            raise ValueError(f"want {want}, got {tuple(pixels.shape)}")
         B, T_img, F = pixels.shape[:3]
         flat = rearrange(pixels, "B T_img F c H W -> (B T_img F) c H W")
         _, tokens = self.visual(flat)  # (B * T_img * F, v, d_img)
-        return rearrange(
-            tokens, "(B T_img F) v d -> B T_img F v d", B=B, T_img=T_img, F=F
-        )
+        unfold = "(B T_img F) v d -> B T_img F v d"
+        return rearrange(tokens, unfold, B=B, T_img=T_img, F=F)
 
 
 def load_vision_encoder(name, pretrained=None, cache_dir=None):
@@ -67,19 +80,23 @@ def load_vision_encoder(name, pretrained=None, cache_dir=None):
         VisionEncoder, and the image processor: a PIL picture to (3, H, W).
 
     Raises:
-        OSError: the weights are not here and cannot be fetched.
+        OSError: the weights are not here and cannot be fetched, or are damaged.
+        ValueError: see `VisionEncoder`.
     """
-    folder = Path(name.removeprefix("local-dir:"))
-    if name.startswith("local-dir:") and not (folder / "open_clip_config.json").is_file():
-        raise OSError(f"no open_clip_config.json in {folder}: is this a folder of open_clip's?")
-    looks_like_file = pretrained and (os.sep in pretrained or "." in Path(pretrained).suffix)
+    folder, is_folder = Path(name.removeprefix("local-dir:")), name.startswith("local-dir:")
+    if is_folder and not (folder / "open_clip_config.json").is_file():
+        raise OSError(
+            f"no open_clip_config.json in {folder}: is this a folder of open_clip's?"
+        )
+    looks_like_file = pretrained and (os.sep in pretrained or Path(pretrained).suffix)
     if looks_like_file and not Path(pretrained).is_file():
         raise OSError(f"no checkpoint file {pretrained}")
+    wants_weights = is_folder or pretrained is not None
     try:
         clip, _, image_processor = open_clip.create_model_and_transforms(
-            name, pretrained, cache_dir=cache_dir
+            name, pretrained, cache_dir=cache_dir, require_pretrained=wants_weights
         )
-    except (RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises what its reader raises
         raise OSError(
             f"cannot load {name!r} with weights {pretrained!r}. Without a network, give a "
             'checkpoint file as `pretrained`, or a folder as "local-dir:FOLDER", or use '

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from flamingo_lite import create_model_and_transforms
 
+torch.set_num_threads(1)  # faster than two for tensors as small as these
 D_IMG, D_TXT, V = 32, 32, 16  # widths, and visual tokens of one picture
 SMALL = {
     "perceiver_kwargs": {"depth": 2, "num_latents": 4, "heads": 2, "dim_head": 16},
@@ -63,7 +64,7 @@ def save_clip(folder, config=CLIP_CONFIG, seed=0):
 
 
 def save_language_model(folder, config, seed=0):
-    """A language model with random weights and the tiny OPT's tokenizer, in hub format."""
+    """A random language model and the tiny OPT's tokenizer, in hub format."""
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for path in (ROOT / "data" / "tiny_opt").glob("tokenizer*.json"):
@@ -101,7 +102,7 @@ def backbones(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_model(backbones):
-    """A function that builds a new small Flamingo: model, image processor, tokenizer."""
+    """A function that builds a small Flamingo: model, image processor, tokenizer."""
 
     def make(seed=0, gates=None, language_model=None, **kwargs):
         torch.manual_seed(seed)

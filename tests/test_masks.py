@@ -264,7 +264,7 @@ def test_padding_changes_nothing(small):
 
 
 def test_pictures_come_from_vision_x_in_order(small):
-    """Through the pixels too: picture k of row b belongs to the k-th `<image>` of row b."""
+    """Through the pixels too: picture k of a row belongs to its k-th `<image>`."""
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, TEXTS[:2])
     pixels = random_pixels(2, 2)

@@ -1,6 +1,7 @@
-"""The whole model: closed gates, frozen parts, clean state, exact generation, saving."""
+"""The model: closed gates, frozen parts, clean state, exact generation, saving."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -211,7 +212,7 @@ def test_vision_features_equal_vision_x(small, F):
 
 
 def test_no_image_at_all_in_the_text(small, backbones):
-    """Then the pictures are ignored, and the language model is alone but for its gates."""
+    """Then the pictures are ignored, whatever they show."""
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, ["no picture here"])
     with torch.no_grad():
@@ -572,11 +573,6 @@ def test_generate_stops_and_stays_quiet_by_default(small):
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, ["<image>a", "<image>this is"])
     end = Force(row=0, length=ids.shape[1] + 1, token=model.eoc_token_id)
-    images = Force(row=1, length=ids.shape[1], token=model.media_token_id)
-
-    def prefer_images(input_ids, scores):
-        return images(input_ids, end(input_ids, scores))
-
     out = model.generate(
         random_pixels(2, 1),
         ids,
@@ -599,7 +595,7 @@ def test_generate_stops_and_stays_quiet_by_default(small):
 
 @pytest.fixture
 def saved(backbones, tmp_path):
-    """A small Flamingo made by `build_flamingo`, and the folder that it was saved to."""
+    """A Flamingo made by `build_flamingo`, and the folder that it was saved to."""
     model, _, tokenizer = build_flamingo(
         "tiny",
         clip_vision_encoder_path=backbones["clip"],
@@ -696,8 +692,6 @@ def test_a_damaged_file_is_an_error_and_runs_no_code(saved, damage, monkeypatch)
     monkeypatch.delenv("FLAMINGO_BOMB", raising=False)
     with pytest.raises(OSError, match="flamingo.safetensors"):
         load_flamingo(folder)
-    import os
-
     assert "FLAMINGO_BOMB" not in os.environ
 
 

@@ -1,4 +1,4 @@
-"""Equal to OpenFlamingo 2.0.1 with the same weights: each piece, then the whole model."""
+"""Equal to OpenFlamingo 2.0.1 with the same weights: each piece, then the model."""
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def test_gated_block_without_locations():
 
 
 def test_gated_block_that_sees_all_earlier_images():
-    """Rows before the first image are left out: there the reference sees later images."""
+    """Not rows before the first image: there the reference sees later images."""
     mine, reference = twins(
         "GatedCrossAttentionBlock", only_attend_immediate_media=False, **SIZES
     )
@@ -123,14 +123,14 @@ def test_gated_block_with_cached_media(immediate):
 
 
 class TheirMixin(their_layers.FlamingoLMMixin):
-    """`generate` of transformers 5 drops a mask of ones; the reference insists on one."""
+    """transformers 5 drops a mask of ones in `generate`; the reference wants one."""
 
     def forward(self, input_ids, attention_mask=None, **kwargs):
         return super().forward(input_ids, attention_mask, **kwargs)
 
 
 def their_flamingo(backbones, tokenizer, every):
-    """The reference's model around the same backbones, as its factory puts it together."""
+    """The reference's model around the same backbones, as its factory makes it."""
     eoc, media = tokenizer.convert_tokens_to_ids(["<|endofchunk|>", "<image>"])
     lang_encoder = AutoModelForCausalLM.from_pretrained(backbones["opt"])
     their_utils.extend_instance(lang_encoder, TheirMixin)
@@ -214,7 +214,7 @@ def test_model_weights_go_both_ways(models, make_model):
 
 
 def test_model_with_cached_media(models):
-    """`cache_media`, then a text that comes after: what the reference scores answers with."""
+    """`cache_media`, then a text that comes after: how the reference scores."""
     mine, reference, tokenizer = models
     pixels = random_pixels(2, 2)
     prompt, _ = tokenize(tokenizer, ["<image> a <image>", "<image> a b"])

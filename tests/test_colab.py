@@ -1,0 +1,141 @@
+"""A simulated Colab: a notebook alone in an empty folder, git and pip redirected.
+
+A stand-in `google.colab` is in `sys.modules` before the first cell runs, as it is
+there. `git clone` copies this working tree, and `pip` writes down what it was asked.
+"""
+
+import ast
+import os
+import re
+import runpy
+import stat
+
+import nbformat
+import pytest
+import yaml
+from conftest import ROOT
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
+
+GIT = """#!/bin/sh
+# git clone … URL FOLDER, without a network
+echo "git $*" >> "{log}"
+for last; do :; done
+if [ -e "$last" ]; then
+    echo "fatal: destination path '$last' already exists" >&2
+    exit 128
+fi
+mkdir "$last"
+cp -R "{root}/book" "{root}/flamingo_lite" "{root}/data" "$last"
+"""
+PIP = '#!/bin/sh\necho "pip $*" >> "{log}"\n'
+PROBE = """
+import os
+import flamingo_lite
+import flamingo_lite.perceiver
+print(os.path.realpath(flamingo_lite.perceiver.__file__))
+print(os.path.realpath("."))
+"""
+
+
+def setup_cell():
+    """The setup cell with the book's own address, as tools/sync.py writes it."""
+    template = runpy.run_path(str(ROOT / "tools" / "sync.py"))["SETUP"]
+    repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    return template.format(**repository)
+
+
+def only_imports(source):
+    """True for a cell that does nothing but import."""
+    source = re.sub(r"^[%!].*$", "", source, flags=re.M)
+    statements = ast.parse(source).body
+    kinds = (ast.Import, ast.ImportFrom)
+    return bool(statements) and all(isinstance(s, kinds) for s in statements)
+
+
+def cells_to_run():
+    """Setup and import cells of the Perceiver's chapter, or of the first there is."""
+    paths = sorted((ROOT / "book").glob("02_*.ipynb")) or sorted(
+        (ROOT / "book").glob("[0-9]*.ipynb")
+    )
+    if not paths:
+        return [setup_cell()]
+    cells = [c for c in nbformat.read(paths[0], as_version=4).cells if c.source.strip()]
+    code = [c for c in cells if c.cell_type == "code"]
+    kept = [
+        c.source
+        for c in code
+        if "setup" in c.metadata.get("tags", []) or only_imports(c.source)
+    ]
+    assert kept[0] == setup_cell(), "the first code cell is not the setup cell"
+    return kept
+
+
+def write_script(path, text):
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def colab(tmp_path, monkeypatch):
+    """Run cells in a fresh kernel of the simulated Colab; the log of git and pip."""
+    content, stubs, log = tmp_path / "content", tmp_path / "stubs", tmp_path / "log"
+    (stubs / "google" / "colab").mkdir(parents=True)
+    (stubs / "google" / "colab" / "__init__.py").touch()
+    (stubs / "sitecustomize.py").write_text("import google.colab\n")
+    content.mkdir()
+    log.touch()
+    write_script(stubs / "git", GIT.format(log=log, root=ROOT))
+    write_script(stubs / "pip", PIP.format(log=log))
+    monkeypatch.setenv("PATH", f"{stubs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(stubs))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def run(cells):
+        notebook = new_notebook(cells=[new_code_cell(source) for source in cells])
+        NotebookClient(
+            notebook,
+            timeout=300,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(content)}},
+        ).execute()
+        return "".join(output.get("text", "") for output in notebook.cells[-1].outputs)
+
+    return run, content, log
+
+
+def test_a_notebook_alone_in_colab(colab):
+    """It imports the cloned package, and running the setup cell again does nothing."""
+    run, content, log = colab
+    cells = cells_to_run()
+    module, folder = run([*cells, cells[0], PROBE]).split()
+    assert module == str(content / "flamingo_lite" / "flamingo_lite" / "perceiver.py")
+    assert folder == str(content / "flamingo_lite" / "book")
+    calls = log.read_text().splitlines()
+    url = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    assert len(calls) == 2
+    assert calls[0].startswith("git clone") and f" {url} flamingo_lite" in calls[0]
+    assert calls[1].split()[:2] == ["pip", "install"]
+    packages = [word for word in calls[1].split()[2:] if not word.startswith("-")]
+    assert packages == ["open_clip_torch"]
+
+
+def test_a_restarted_session_in_colab(colab):
+    """A new kernel starts in the outer folder again, where the clone already stands."""
+    run, content, log = colab
+    run([setup_cell(), PROBE])
+    module, folder = run([setup_cell(), PROBE]).split()
+    assert module == str(content / "flamingo_lite" / "flamingo_lite" / "perceiver.py")
+    assert folder == str(content / "flamingo_lite" / "book")
+    assert log.read_text().count("git clone") == 1
+
+
+def test_a_clone_needs_no_colab(tmp_path, monkeypatch):
+    """Outside Colab, in book/, the same cell fetches nothing and finds the package."""
+    monkeypatch.setenv("PATH", str(tmp_path))  # neither git nor pip
+    notebook = new_notebook(cells=[new_code_cell(c) for c in (setup_cell(), PROBE)])
+    NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "book")}}
+    ).execute()
+    module = notebook.cells[-1].outputs[0].text.split()[0]
+    assert module == str(ROOT / "flamingo_lite" / "perceiver.py")

@@ -1,0 +1,458 @@
+"""Caption folders, hostile pictures, scenes and their splits, batches."""
+
+import itertools
+import json
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import D_IMG, ROOT, V
+from PIL import Image
+
+from flamingo_lite import (
+    check_text,
+    collate,
+    encode_pictures,
+    interleave,
+    is_held_out,
+    load_captions,
+    make_scenes,
+    read_picture,
+)
+
+EMOJI = ROOT / "data" / "emoji"
+UNSEEN = {"twemoji", "openmoji"}
+WHITE, RED = (255, 255, 255), (255, 0, 0)
+
+
+def write_folder(folder, rows, pictures=("a.png",)):
+    """A caption folder: rows as dicts or as raw lines, and red pictures."""
+    folder.mkdir(exist_ok=True)
+    for name in pictures:
+        Image.new("RGB", (8, 6), RED).save(folder / name)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def row(file_name="a.png", text="a red wall"):
+    return {"file_name": file_name, "text": text}
+
+
+# ------------------------------------------------------------------- caption folders
+
+
+def test_a_caption_folder(tmp_path):
+    folder = write_folder(tmp_path / "mine", [{**row(), "mood": "calm"}, row("b.png")])
+    Image.new("L", (3, 3)).save(folder / "b.png")
+    first, second = load_captions(folder)
+    assert first == {**row(), "mood": "calm", "path": folder / "a.png"}
+    assert second["path"] == folder / "b.png"
+    assert load_captions(str(folder)) == [first, second]
+
+
+def test_no_metadata_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl.*file_name.*text"):
+        load_captions(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no_such_folder"):
+        load_captions(tmp_path / "no_such_folder")
+
+
+BAD_ROWS = {
+    "not JSON": '{"file_name": "a.png", ',
+    "an empty line": "",
+    "very deep JSON": "[" * 100_000,
+    "not an object": '["a.png", "a wall"]',
+    "no file_name": {"text": "a wall"},
+    "a number as file_name": {"file_name": 3, "text": "a wall"},
+    "no text": {"file_name": "a.png"},
+    "an empty text": row(text=""),
+    "blanks as text": row(text=" \n\t"),
+    "a number as text": row(text=7),
+    "a special token in the text": row(text="a <image> in words"),
+    "the other special token": row(text="the end<|endofchunk|>"),
+    "a missing picture": row("gone.png"),
+    "a picture that is none": row("text.png"),
+    "an empty picture": row("empty.png"),
+    "the folder itself": row("."),
+    "a path out of the folder": row("../secret.png"),
+    "an absolute path": row("/etc/hostname"),
+    "a link out of the folder": row("link.png"),
+    "a NUL in the name": row("a\0.png"),
+    "a very long name": row("a" * 5000),
+}
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    """Good rows first and last; what a test puts between them is bad."""
+    Image.new("RGB", (8, 6), RED).save(tmp_path / "secret.png")
+
+    def write(bad):
+        folder = write_folder(
+            tmp_path / "mine", [row(), bad, row("b.png")], ("a.png", "b.png")
+        )
+        (folder / "text.png").write_text("I am a text")
+        (folder / "empty.png").touch()
+        (folder / "link.png").symlink_to(tmp_path / "secret.png")
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("what", BAD_ROWS)
+def test_a_bad_row_is_named_and_can_be_skipped(broken_folder, what):
+    folder = broken_folder(BAD_ROWS[what])
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2"):
+        load_captions(folder)
+    with pytest.warns(UserWarning, match=r"left out 1 rows:\n.*line 2"):
+        rows = load_captions(folder, skip_broken=True)
+    assert [r["file_name"] for r in rows] == ["a.png", "b.png"]
+
+
+def test_an_unreadable_picture_is_named(broken_folder):
+    with pytest.raises(ValueError, match=r"text\.png"):
+        load_captions(broken_folder(row("text.png")))
+
+
+def test_a_link_inside_the_folder_is_fine(tmp_path):
+    folder = write_folder(tmp_path / "mine", [row("link.png")])
+    (folder / "link.png").symlink_to(folder / "a.png")
+    assert len(load_captions(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ein Zelt über dem Löwen",
+        "一只火烈鸟",
+        "פלמינגו ורוד",
+        "🦩 and \u200d joiners",
+        "two\u2028lines, \u0085 and \x0b too",
+        "a\0b",
+        "<img> <|end|> </s",
+        "word " * 20_000,
+    ],
+    ids=["umlauts", "chinese", "hebrew", "emoji", "separators", "nul", "tags", "long"],
+)
+def test_captions_in_any_script_arrive_as_they_are(tmp_path, text):
+    line = json.dumps(row(text=text), ensure_ascii=False)
+    (loaded,) = load_captions(write_folder(tmp_path / "mine", [line]))
+    assert loaded["text"] == text
+
+
+def test_a_listing_that_is_no_utf8_is_named(tmp_path):
+    folder = write_folder(tmp_path / "mine", [])
+    line = json.dumps(row(text="Löwe"), ensure_ascii=False)
+    (folder / "metadata.jsonl").write_bytes(line.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"metadata\.jsonl"):
+        load_captions(folder)
+
+
+def test_check_text_names_the_place():
+    for text in ("<image>", "a<|endofchunk|>", "", "  ", None, 3):
+        with pytest.raises(ValueError, match="row 9"):
+            check_text(text, "row 9")
+    check_text("a lemon", "row 9")
+
+
+# -------------------------------------------------------------------- hostile pictures
+
+
+def assert_colour(picture, colour, tolerance=12):
+    """The middle of an RGB picture has about this colour."""
+    assert picture.mode == "RGB"
+    middle = picture.getpixel((picture.width // 2, picture.height // 2))
+    assert np.abs(np.array(middle) - np.array(colour)).max() <= tolerance
+
+
+def test_pictures_in_other_formats(tmp_path):
+    red = Image.new("RGB", (20, 10), RED)
+    palette = Image.new("P", (8, 8))
+    palette.putpalette([0, 255, 0, *RED])
+    for name, picture, colour, options in (
+        ("cmyk.jpg", red.convert("CMYK"), RED, {}),
+        ("grey.png", Image.new("L", (4, 4), 100), (100, 100, 100), {}),
+        ("bilevel.png", Image.new("1", (4, 4), 1), WHITE, {}),
+        ("pixel.png", Image.new("RGB", (1, 1), RED), RED, {}),
+        ("line.png", Image.new("RGB", (3000, 1), RED), RED, {}),
+        ("clear.png", Image.new("RGBA", (4, 4), (0, 0, 255, 0)), WHITE, {}),
+        ("half.png", Image.new("RGBA", (4, 4), (0, 0, 255, 128)), (127, 127, 255), {}),
+        ("grey_alpha.png", Image.new("LA", (4, 4), (0, 0)), WHITE, {}),
+        ("palette.png", palette, (0, 255, 0), {}),
+        ("palette_alpha.png", palette, WHITE, {"transparency": 0}),
+    ):
+        picture.save(tmp_path / name, **options)
+        read = read_picture(tmp_path / name)
+        assert read.size == picture.size, name
+        assert_colour(read, colour)
+
+
+def test_sixteen_bits_are_scaled_not_cut(tmp_path):
+    half = np.full((4, 4), 32768, dtype=np.uint16)
+    Image.fromarray(half).save(tmp_path / "deep.png")
+    assert_colour(read_picture(tmp_path / "deep.png"), (128, 128, 128))
+
+
+def test_wrong_extension_is_read_by_its_content(tmp_path):
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "a.jpg")
+    assert_colour(read_picture(tmp_path / "a.jpg"), RED)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    picture = Image.new("RGB", (20, 10), RED)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(tmp_path / "turned.jpg").size == (10, 20)
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, (0, 255, 0))]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    assert_colour(read_picture(tmp_path / "film.gif"), RED)
+
+
+def noise_picture(path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path.read_bytes()
+
+
+def png_chunk(kind, data):
+    checksum = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + checksum
+
+
+def bomb():
+    """A small PNG that says that it is 100,000 pixels wide and high."""
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    return b"".join(
+        (
+            b"\x89PNG\r\n\x1a\n",
+            png_chunk(b"IHDR", header),
+            png_chunk(b"IDAT", pixels),
+            png_chunk(b"IEND", b""),
+        )
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif"])
+def test_truncated_pictures_are_named(tmp_path, suffix):
+    """Cut anywhere, a file is a picture or a named error; never anything else."""
+    path = tmp_path / f"cut.{suffix}"
+    whole = noise_picture(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"cut\.{suffix}"):
+        read_picture(path)
+    for end in np.random.default_rng(1).integers(0, len(whole), 25).tolist():
+        path.write_bytes(whole[:end])
+        try:
+            assert read_picture(path).mode == "RGB"
+        except ValueError as error:
+            assert path.name in str(error)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff"])
+def test_pictures_with_flipped_bytes(tmp_path, suffix):
+    path = tmp_path / f"flipped.{suffix}"
+    whole = noise_picture(path)
+    rng = np.random.default_rng(2)
+    for _ in range(25):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, min(len(whole), 200), 4):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                assert read_picture(path).mode == "RGB"
+            except ValueError as error:
+                assert path.name in str(error)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no picture", bomb()], ids=["0", "text", "bomb"]
+)
+def test_what_is_no_picture_is_named(tmp_path, content):
+    path = tmp_path / "strange.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"strange\.png"):
+        read_picture(path)
+
+
+def test_a_picture_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"gone\.png"):
+        read_picture(tmp_path / "gone.png")
+
+
+# ----------------------------------------------------------------- the book's pictures
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    """The rows of data/emoji; loading them reads every picture."""
+    return load_captions(EMOJI)
+
+
+def test_every_file_is_listed_once_and_readable(emoji):
+    listed = [r["file_name"] for r in emoji]
+    files = {str(p.relative_to(EMOJI)) for p in EMOJI.glob("*/*")}
+    assert len(listed) == len(set(listed)) and set(listed) == files
+
+
+def test_enough_things_with_and_without_names(emoji):
+    named = {r["thing"] for r in emoji if r["named"]}
+    unnamed = {r["thing"] for r in emoji if not r["named"]}
+    assert len(named) >= 100 and len(unnamed) >= 100 and not named & unnamed
+    for r in emoji:
+        assert 1 <= len(r["thing"].replace("-", " ").split()) <= 6
+        assert r["text"].endswith(r["thing"]) and r["text"].split()[0] in ("a", "an")
+
+
+def test_two_studios_are_never_trained_on(emoji):
+    assert {r["studio"] for r in emoji if not r["trained"]} == UNSEEN
+    assert {r["studio"] for r in emoji if r["trained"]}.isdisjoint(UNSEEN)
+    things = {r["thing"] for r in emoji if r["named"]}
+    for studio in UNSEEN:  # and they drew every named thing
+        assert {r["thing"] for r in emoji if r["studio"] == studio} >= things
+
+
+def test_held_out_pairs(emoji):
+    """The same in either order, about one in eight, no thing always or never."""
+    things = sorted({r["thing"] for r in emoji if r["named"]})
+    pairs = list(itertools.combinations(things, 2))
+    held = [pair for pair in pairs if is_held_out(*pair)]
+    assert all(is_held_out(a, b) == is_held_out(b, a) for a, b in pairs)
+    assert 0.11 < len(held) / len(pairs) < 0.14
+    for thing in things:
+        assert 0 < sum(thing in pair for pair in held) < len(things) - 1
+
+
+def named_of(emoji, studios, n_things=30):
+    things = sorted({r["thing"] for r in emoji if r["named"]})[:n_things]
+    return [r for r in emoji if r["thing"] in things and r["studio"] in studios]
+
+
+def as_bytes(scenes):
+    return [(scene["picture"].tobytes(), scene["text"]) for scene in scenes]
+
+
+def test_scenes_are_the_same_for_everyone(emoji):
+    rows = named_of(emoji, {"noto", "fluent"})
+    once = as_bytes(make_scenes(rows, 40, seed=3))
+    assert once == as_bytes(make_scenes(rows, 40, seed=3))
+    assert once != as_bytes(make_scenes(rows, 40, seed=4))
+    assert once[:10] == as_bytes(make_scenes(rows, 10, seed=3))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_scenes_keep_to_their_split(emoji, held_out):
+    scenes = make_scenes(
+        named_of(emoji, {"noto"}), 120, seed=0, pairs=0.8, held_out=held_out
+    )
+    pairs = [scene["things"] for scene in scenes if len(scene["things"]) == 2]
+    assert len(scenes) == 120 and 60 < len(pairs) < 120
+    assert all(is_held_out(*pair) == held_out for pair in pairs)
+
+
+def test_scenes_say_what_they_show(emoji):
+    rows = named_of(emoji, {"noto"})
+    texts = {r["thing"]: r["text"] for r in rows}
+    for scene in make_scenes(rows, 60, seed=1):
+        names = [texts[thing] for thing in scene["things"]]
+        relations = (" to the left of ", " above ")
+        assert scene["text"] in {names[0], *(r.join(names) for r in relations)}
+        assert scene["picture"].size == (64, 64) and scene["picture"].mode == "RGB"
+        check_text(scene["text"], "scene")
+
+
+# --------------------------------------------------------------------------- batches
+
+
+def example(*texts, n_pictures=None):
+    n = len(texts) if n_pictures is None else n_pictures
+    return torch.randn(n, 1, V, D_IMG), list(texts)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_model):
+    return make_model()[2]
+
+
+def test_interleave():
+    assert interleave(["a lemon", "a tent"]) == (
+        "<image>a lemon<|endofchunk|><image>a tent<|endofchunk|>"
+    )
+    with pytest.raises(ValueError, match="text 2"):
+        interleave(["a lemon", "a <image>"])
+
+
+def test_collate(tokenizer):
+    """Features first come first, labels decode to the texts, padding is nothing."""
+    examples = [example("a lemon"), example("a tent", "a bear above a tent")]
+    batch = collate(examples, tokenizer)
+    assert batch["vision_features"].shape == (2, 2, 1, V, D_IMG)
+    for i, (features, texts) in enumerate(examples):
+        assert torch.equal(batch["vision_features"][i, : len(features)], features)
+        assert not batch["vision_features"][i, len(features) :].any()
+        kept = batch["labels"][i][batch["labels"][i] != -100]
+        assert tokenizer.decode(kept) == "".join(f"{t}<|endofchunk|>" for t in texts)
+        whole = tokenizer.decode(batch["lang_x"][i][batch["attention_mask"][i].bool()])
+        assert whole == tokenizer.bos_token + interleave(texts)
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_collate_takes_cached_halves(tokenizer):
+    features = torch.randn(1, 1, V, D_IMG).half()
+    batch = collate([(features, ["a lemon"])], tokenizer)
+    assert batch["vision_features"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (example("a tent", n_pictures=2), "row 1: 2 pictures, but 1 texts"),
+        (example("a tent", "a bear", n_pictures=1), "row 1: 1 pictures, but 2 texts"),
+        (example("a tent<image>"), "<image>"),
+        (example(""), "empty"),
+    ],
+)
+def test_collate_refuses_what_does_not_fit(tokenizer, bad, message):
+    with pytest.raises(ValueError, match=message):
+        collate([example("a lemon"), bad], tokenizer)
+
+
+def test_collate_leaves_the_tokenizer_as_it_was(tokenizer):
+    """A reader who pads left for generation still does so after a training batch."""
+    tokenizer.padding_side = "left"
+    batch = collate([example("a lemon"), example("a bear above a tent")], tokenizer)
+    assert (batch["attention_mask"][:, 0] == 1).all(), "a batch is padded on the right"
+    assert tokenizer.padding_side == "left"
+
+
+def test_encode_pictures_is_what_the_model_sees(make_model):
+    """In batches of any size, and as the model itself encodes the pixels."""
+    model, image_processor, _ = make_model()
+    colours = ("red", "green", "blue", "white", "pink")
+    pictures = [Image.new("RGB", (40, 40), colour) for colour in colours]
+    features = encode_pictures(model.vision_encoder, image_processor, pictures, 2)
+    assert features.shape == (5, 1, V, D_IMG) and features.dtype == torch.float16
+    pixels = torch.stack([image_processor(picture) for picture in pictures])
+    with torch.no_grad():
+        wanted = model.vision_encoder(pixels)[1]
+    torch.testing.assert_close(features[:, 0].float(), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_data_is_light():
+    """A clone stays under 25 MB of data, every weights file under 12 MB."""
+    files = [p for p in Path(ROOT / "data").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 25e6
+    for path in files:
+        assert path.stat().st_size < 12e6, path
