@@ -66,8 +66,18 @@ def flamingo_map(lit):
         ax.add_patch(box)
         middle = (left + width / 2, bottom + height / 2)
         colour = "white" if on else INK
-        ax.text(*middle, label, ha="center", va="center", fontsize=9, color=colour, zorder=3)
-        ax.text(middle[0], bottom - 0.28, shape, ha="center", fontsize=7, color=INK, zorder=3)
+        ax.text(
+            *middle, label, ha="center", va="center", fontsize=9, color=colour, zorder=3
+        )
+        ax.text(
+            middle[0],
+            bottom - 0.28,
+            shape,
+            ha="center",
+            fontsize=7,
+            color=INK,
+            zorder=3,
+        )
     for start, end in ARROWS:
         arrow = {"arrowstyle": "->", "color": INK, "lw": 1.2}
         ax.annotate("", end, start, arrowprops=arrow, zorder=3)
@@ -121,7 +131,9 @@ def show_mask(may_look, words, columns=None):
     """
     T_txt, T_img = may_look.shape
     columns = columns or [f"image {i}" for i in range(1, T_img + 1)]
-    fig, ax = plt.subplots(figsize=(1.4 + 0.9 * T_img, 0.6 + 0.28 * T_txt), facecolor="white")
+    fig, ax = plt.subplots(
+        figsize=(1.4 + 0.9 * T_img, 0.6 + 0.28 * T_txt), facecolor="white"
+    )
     ax.imshow(may_look.float(), cmap="RdPu", vmin=0, vmax=1.4, aspect="auto")
     ax.set_xticks(range(T_img), columns, fontsize=8)
     ax.set_yticks(range(T_txt), words, fontsize=8)

@@ -190,8 +190,8 @@ def make_scenes(rows, n_scenes, seed, pairs=0.5, held_out=False):
     while len(scenes) < n_scenes:
         relation = str(rng.choice(RELATIONS)) if rng.random() < pairs else None
         chosen = rng.choice(things, 2 if relation else 1, replace=False).tolist()
-        if relation and is_held_out(*chosen) != held_out:
-            continue
+        while relation and is_held_out(*chosen) != held_out:
+            chosen = rng.choice(things, 2, replace=False).tolist()
         drawings = [sprites[t][rng.choice(list(sprites[t]))] for t in chosen]
         picture = draw_scene(rng, drawings, relation)
         text = f" {relation} ".join(names[t] for t in chosen)

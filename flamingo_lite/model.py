@@ -240,7 +240,7 @@ def load_language_model(
         lang_encoder = AutoModelForCausalLM.from_pretrained(
             lang_encoder_path, dtype=torch.float32, **where
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(
             f"cannot load the language model {lang_encoder_path!r} (without a network, "
             f'give a folder, or use build_flamingo("tiny")): {error}'
@@ -416,10 +416,12 @@ def load_flamingo(folder_or_name="tiny"):
     if not weights.is_file() or not (folder / "config.json").is_file():
         raise OSError(f"no flamingo.safetensors and config.json in {folder}")
     try:
+        config = json.loads((folder / "config.json").read_text())
         saved = load_file(weights)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
     except SafetensorError as error:
         raise OSError(f"{weights} is no safetensors file: {error}") from error
-    config = json.loads((folder / "config.json").read_text())
     model, image_processor, tokenizer = build_flamingo(**config)
     problems = list(_misfits(saved, trained_tensors(model)))
     if problems:

@@ -15,7 +15,7 @@ from flamingo_lite.loss import IGNORE, shifted_cross_entropy
 
 
 def parameter_groups(model, lr, gate_factor=30.0):
-    """Sort what is trained by what it needs: three groups for AdamW, with their peak rate.
+    """Sort what is trained by what it needs: three groups for AdamW.
 
     Behind a closed gate nothing gets a gradient, so the gates learn `gate_factor` times
     faster. Weight decay is for matrices, never for the embeddings, whose old rows must
@@ -45,14 +45,14 @@ def parameter_groups(model, lr, gate_factor=30.0):
 
 
 def schedule(step, n_steps, warmup=50):
-    """A share of the peak learning rate: up over `warmup` steps, then a cosine to zero."""
+    """A share of the peak rate: up over `warmup` steps, then a cosine to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup)))
 
 
 def batch_for_step(n_pictures, batch_size, step, seed):
-    """Rows of batch number `step`; each epoch has an order of its own, from the seed."""
+    """Rows of batch number `step`; each epoch has an order of its own."""
     per_epoch = max(1, n_pictures // batch_size)
     epoch, number = divmod(step, per_epoch)
     order = np.random.default_rng((seed, epoch)).permutation(n_pictures)
@@ -155,7 +155,8 @@ def train(
             pace = (done - first) / (time.perf_counter() - started)
             report(
                 f"step {done:5d} of {n_steps}  loss {sum(recent) / len(recent):.3f}  "
-                f"{pace * batch_size:.0f} pictures/s  {(n_steps - done) / pace:.0f} s left"
+                f"{pace * batch_size:.0f} pictures/s  "
+                f"{(n_steps - done) / pace:.0f} s left"
             )
             if checkpoint is not None:
                 save_checkpoint(

@@ -83,11 +83,10 @@ def load_vision_encoder(name, pretrained=None, cache_dir=None):
         OSError: the weights are not here and cannot be fetched, or are damaged.
         ValueError: see `VisionEncoder`.
     """
-    folder, is_folder = Path(name.removeprefix("local-dir:")), name.startswith("local-dir:")
+    is_folder = name.startswith("local-dir:")
+    folder = Path(name.removeprefix("local-dir:"))
     if is_folder and not (folder / "open_clip_config.json").is_file():
-        raise OSError(
-            f"no open_clip_config.json in {folder}: is this a folder of open_clip's?"
-        )
+        raise OSError(f"no open_clip_config.json in the folder {folder}")
     looks_like_file = pretrained and (os.sep in pretrained or Path(pretrained).suffix)
     if looks_like_file and not Path(pretrained).is_file():
         raise OSError(f"no checkpoint file {pretrained}")
@@ -98,8 +97,9 @@ def load_vision_encoder(name, pretrained=None, cache_dir=None):
         )
     except Exception as error:  # a damaged file raises what its reader raises
         raise OSError(
-            f"cannot load {name!r} with weights {pretrained!r}. Without a network, give a "
-            'checkpoint file as `pretrained`, or a folder as "local-dir:FOLDER", or use '
-            f'build_flamingo("tiny"), which needs no download. open_clip says: {error}'
+            f"cannot load {name!r} with weights {pretrained!r}. Without a network, "
+            'give a checkpoint file as `pretrained`, or name "local-dir:FOLDER", or '
+            'use build_flamingo("tiny"), which needs no download. '
+            f"open_clip says: {error}"
         ) from error
     return VisionEncoder(clip), image_processor

@@ -55,6 +55,11 @@ def test_a_caption_folder(tmp_path):
     assert load_captions(str(folder)) == [first, second]
 
 
+def test_empty_lines_are_passed_over(tmp_path):
+    rows = load_captions(write_folder(tmp_path / "mine", ["", row(), " ", row(), ""]))
+    assert len(rows) == 2
+
+
 def test_no_metadata_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metadata\.jsonl.*file_name.*text"):
         load_captions(tmp_path)
@@ -64,7 +69,6 @@ def test_no_metadata_is_named(tmp_path):
 
 BAD_ROWS = {
     "not JSON": '{"file_name": "a.png", ',
-    "an empty line": "",
     "very deep JSON": "[" * 100_000,
     "not an object": '["a.png", "a wall"]',
     "no file_name": {"text": "a wall"},

@@ -92,7 +92,7 @@ def test_vision_encoder_gives_patch_tokens(backbones):
     assert not any(p.requires_grad for p in encoder.parameters())
     tokens = encoder(random_pixels(2, 3, F=2))
     assert tokens.shape == (2, 3, 2, 16, 32) and not tokens.requires_grad
-    with pytest.raises(ValueError, match="B, T_img, F, 3, H, W"):
+    with pytest.raises(ValueError, match="B, T_img, F, 3"):
         encoder(random_pixels(2, 3)[0])
 
 
@@ -132,7 +132,7 @@ def test_no_clip_is_a_clear_error(no_network, name, pretrained):
 
 def test_no_language_model_is_a_clear_error(no_network, backbones):
     for use_local_files in (True, False):
-        with pytest.raises(OSError, match="facebook/opt-125m.*save_pretrained.*tiny"):
+        with pytest.raises(OSError, match="facebook/opt-125m.*folder.*tiny"):
             create_model_and_transforms(
                 backbones["clip"],
                 None,

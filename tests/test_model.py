@@ -127,21 +127,15 @@ def test_frozen_means_frozen(make_model):
         optimizer.zero_grad()
         model(pixels, **batch).loss.backward()
         optimizer.step()
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    embeddings = {name for name in trained if "embed_tokens" in name}
-    tied = {"lang_encoder.lm_head.weight"} | {
-        name
-        for name in before
-        if ".layers." in name and ".gated_cross_attn_layer." in name
-    }  # other names of trained tensors
-    for name, tensor in model.state_dict().items():
-        if name in embeddings or name == "lang_encoder.lm_head.weight":
+    trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+    embedding = model.lang_encoder.get_input_embeddings().weight
+    for name, tensor in model.state_dict().items():  # under all names that a tensor has
+        if tensor.data_ptr() == embedding.data_ptr():
             rows = (tensor != before[name]).any(dim=1).nonzero().flatten().tolist()
             assert rows == sorted([model.eoc_token_id, model.media_token_id]), name
-        elif name in trained:
-            assert not torch.equal(tensor, before[name]), f"{name} did not learn"
-        elif name not in tied:
-            assert torch.equal(tensor, before[name]), f"{name} moved"
+        else:
+            moved = not torch.equal(tensor, before[name])
+            assert moved == (tensor.data_ptr() in trained), name
 
 
 def test_parameter_groups_hold_each_trained_tensor_once(make_model):
@@ -236,7 +230,7 @@ def test_wrong_pictures_are_named(small, call):
     for pixels, message in (
         (None, "vision_x or vision_features"),
         (random_pixels(2, 2), r"row 1 .*3 <image>.*2 pictures"),
-        (random_pixels(2, 3)[0], r"B, T_img, F, 3, H, W"),
+        (random_pixels(2, 3)[0], r"B, T_img, F, 3"),
     ):
         with pytest.raises(ValueError, match=message):
             run(pixels)
@@ -390,14 +384,14 @@ def test_greedy_is_a_full_recompute(make_model, prompt, immediate):
     model, _, tokenizer = make_model(gates=1.0, cross_attn_kwargs=sizes)
     ids, mask = tokenize(tokenizer, PROMPTS[prompt])
     answers = []
-    for seed in range(3):
+    for seed in range(2):
         features = random_features(2, 2, seed=seed)
         settings = {
             "vision_features": features,
-            "max_new_tokens": 12,
+            "max_new_tokens": 8,
             "do_sample": False,
         }
-        wanted = full_recompute(model, features, ids, mask, 12)
+        wanted = full_recompute(model, features, ids, mask, 8)
         assert torch.equal(model.generate(None, ids, mask, **settings), wanted)
         without = model.generate(None, ids, mask, use_cache=False, **settings)
         assert torch.equal(without, wanted)

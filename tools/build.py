@@ -50,14 +50,25 @@ def main():
     if args.run:
         call(sys.executable, copy / "tools" / "run_notebooks.py", cwd=copy)
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
-    call(jupyter_book, "build", copy, "-W", "-n", "--keep-going", "-q", env=dict(os.environ))
+    call(
+        jupyter_book,
+        "build",
+        copy,
+        "-W",
+        "-n",
+        "--keep-going",
+        "-q",
+        env=dict(os.environ),
+    )
     page = copy / "_build" / "html" / "index.html"
     if not page.is_file():
         sys.exit("the book was built, but it has no index.html")
     shutil.rmtree(BUILD / "html", ignore_errors=True)
     shutil.move(page.parent, BUILD / "html")
     seconds = time.perf_counter() - started
-    print(f"the book is at {(BUILD / 'html' / 'index.html').relative_to(ROOT)} ({seconds:.0f} s)")
+    print(
+        f"the book is at {(BUILD / 'html' / 'index.html').relative_to(ROOT)} ({seconds:.0f} s)"
+    )
 
 
 if __name__ == "__main__":

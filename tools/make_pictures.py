@@ -94,7 +94,9 @@ def things():
 def svg(icons, icon):
     """The SVG text of one icon, or None where this studio did not draw it."""
     for key in (icon, icon.replace("-", "")):  # fxemoji writes names in one word
-        body = icons["icons"].get(icons.get("aliases", {}).get(key, {}).get("parent", key))
+        body = icons["icons"].get(
+            icons.get("aliases", {}).get(key, {}).get("parent", key)
+        )
         if body:
             width = body.get("width", icons.get("width", 16))
             height = body.get("height", icons.get("height", 16))
@@ -126,7 +128,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("icons", nargs="?", type=Path, help="the @iconify-json folder")
     parser.add_argument("--out", type=Path, default=Path("data/emoji"))
-    parser.add_argument("--packages", action="store_true", help="print the npm packages")
+    parser.add_argument(
+        "--packages", action="store_true", help="print the npm packages"
+    )
     args = parser.parse_args()
     if args.packages:
         print(*(package for package, _ in STUDIOS.values()))

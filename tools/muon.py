@@ -23,7 +23,9 @@ class Muon(torch.optim.Optimizer):
     """For matrices only; a (3d, d) matrix of queries, keys and values counts as three."""
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Run notebooks from top to bottom and store their outputs, 1..N, without time stamps.
 
-    python tools/run_notebooks.py                   all of book/, in order
-    python tools/run_notebooks.py book/03_*.ipynb   these
+python tools/run_notebooks.py                   all of book/, in order
+python tools/run_notebooks.py book/03_*.ipynb   these
 """
 
 import argparse
@@ -45,7 +45,9 @@ def run(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path)
-    paths = parser.parse_args().notebooks or sorted((ROOT / "book").glob("[0-9]*.ipynb"))
+    paths = parser.parse_args().notebooks or sorted(
+        (ROOT / "book").glob("[0-9]*.ipynb")
+    )
     os.environ.setdefault("FLAMINGO_LITE_SIZE", "tiny")
     for path in paths:
         started = time.perf_counter()

@@ -29,7 +29,8 @@ import sys
 if "google.colab" in sys.modules and not os.path.exists("figures.py"):
     book = "{url}"
     clone = f"git clone -q --depth=1 --branch={branch} {{book}} flamingo_lite"
-    subprocess.run(clone, shell=True, check=True)
+    if not os.path.exists("flamingo_lite"):
+        subprocess.run(clone, shell=True, check=True)
     subprocess.run("pip install -q open_clip_torch", shell=True, check=True)
     os.chdir("flamingo_lite/book")
 sys.path.insert(0, os.path.abspath(".."))"""
@@ -125,7 +126,10 @@ def main():
     if not check:
         for path in stale:
             path.write_text(wanted[path])
-    print("out of step:" if check else "wrote:", ", ".join(p.name for p in stale) or "nothing")
+    print(
+        "out of step:" if check else "wrote:",
+        ", ".join(p.name for p in stale) or "nothing",
+    )
     sys.exit(bool(check and stale))
 
 

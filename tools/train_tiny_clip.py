@@ -46,7 +46,9 @@ def outlined(drawing):
     solid = alpha.point(lambda value: 255 * (value > 100))
     rim = ImageChops.subtract(solid.filter(ImageFilter.MaxFilter(5)), solid)
     colours = Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing)
-    grey = ImageOps.autocontrast(colours.convert("L").filter(ImageFilter.MedianFilter(3)))
+    grey = ImageOps.autocontrast(
+        colours.convert("L").filter(ImageFilter.MedianFilter(3))
+    )
     edges = ImageChops.subtract(
         grey.filter(ImageFilter.MaxFilter(3)), grey.filter(ImageFilter.MinFilter(3))
     ).point(lambda value: 255 * (value > 60))
@@ -78,14 +80,18 @@ def recolour(pixels, generator):
     saturation = uniform(0.4, 1.6, 1) * (1 - colourless)
     tinted = (grey + (pixels - grey) * saturation) * uniform(0.85, 1.15, 3)
     middle = tinted.mean(dim=(1, 2, 3), keepdim=True)
-    return ((tinted - middle) * uniform(0.7, 1.2, 1) + middle * uniform(0.8, 1.1, 1)).clamp(0, 1)
+    return (
+        (tinted - middle) * uniform(0.7, 1.2, 1) + middle * uniform(0.8, 1.1, 1)
+    ).clamp(0, 1)
 
 
 class Batches:
     """Pictures and captions for one step; everything follows from (seed, step)."""
 
     def __init__(self, rows, seed, n_singles, n_pairs):
-        self.sprites = load_sprites([row for row in rows if row["studio"] not in UNSEEN])
+        self.sprites = load_sprites(
+            [row for row in rows if row["studio"] not in UNSEEN]
+        )
         self.outlines = {
             thing: {studio: outlined(drawing) for studio, drawing in drawings.items()}
             for thing, drawings in self.sprites.items()
@@ -137,7 +143,9 @@ def zero_shot(model, tokenizer, rows, seed=1, per_thing=2):
     result = {}
     for studio in dict.fromkeys(row["studio"] for row in named):
         rng = np.random.default_rng(seed)
-        mine = [row for row in named if row["studio"] == studio for _ in range(per_thing)]
+        mine = [
+            row for row in named if row["studio"] == studio for _ in range(per_thing)
+        ]
         sprites = load_sprites([row for row in named if row["studio"] == studio])
         pictures = [
             draw_scene(rng, [sprites[row["thing"]][studio]], background=(255, 255, 255))
@@ -146,7 +154,10 @@ def zero_shot(model, tokenizer, rows, seed=1, per_thing=2):
         pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures]))
         pooled, _ = model.visual(pixels.permute(0, 3, 1, 2) / 127.5 - 1)
         best = (pooled @ text.T).argmax(dim=-1)
-        right = [things[i] == row["thing"] for i, row in zip(best.tolist(), mine, strict=True)]
+        right = [
+            things[i] == row["thing"]
+            for i, row in zip(best.tolist(), mine, strict=True)
+        ]
         result[studio] = sum(right) / len(right)
     model.train()
     return result
@@ -170,12 +181,17 @@ def make_optimizers(model, lr, with_muon):
     outer = [p for _, p in named if p.ndim >= 2 and id(p) not in ids]
     plain = [p for _, p in named if p.ndim < 2]
     adam = torch.optim.AdamW(
-        [{"params": outer, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        [
+            {"params": outer, "weight_decay": 0.05},
+            {"params": plain, "weight_decay": 0.0},
+        ],
         lr=lr,
         betas=(0.9, 0.98),
         fused=True,
     )
-    return {"adam": adam} | ({"muon": Muon(inner, lr=lr, weight_decay=0.05)} if inner else {})
+    return {"adam": adam} | (
+        {"muon": Muon(inner, lr=lr, weight_decay=0.05)} if inner else {}
+    )
 
 
 def save_checkpoint(path, state):
@@ -186,15 +202,19 @@ def save_checkpoint(path, state):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--singles", type=int, default=72)
     parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--adam-steps", type=int, default=1000, help="AdamW alone until here")
+    parser.add_argument(
+        "--adam-steps", type=int, default=1000, help="AdamW alone until here"
+    )
     parser.add_argument("--patch-dropout", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--checkpoints", type=Path, default=Path.home() / ".cache/flamingo_lite/clip")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path.home() / ".cache/flamingo_lite/clip"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "tiny_clip")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -218,7 +238,9 @@ def main():
         model.load_state_dict(state["model"])
         first, log = state["step"], state["log"]
         if first != args.adam_steps:
-            optimizers = make_optimizers(model, args.lr, with_muon=first > args.adam_steps)
+            optimizers = make_optimizers(
+                model, args.lr, with_muon=first > args.adam_steps
+            )
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(state[name])
         print(f"resumed at step {first}", flush=True)
@@ -251,19 +273,27 @@ def main():
             print(f"step {done} loss {running / 50:.3f} {pace:.2f} s/step", flush=True)
             last_running, running = running / 50, 0.0
             if done % 500 == 0 or done == args.steps:
-                accuracy = {k: round(v, 3) for k, v in zero_shot(model, tokenizer, rows).items()}
-                log.append(f"step {done} loss {last_running:.3f} zero-shot {json.dumps(accuracy)}")
+                accuracy = {
+                    k: round(v, 3) for k, v in zero_shot(model, tokenizer, rows).items()
+                }
+                log.append(
+                    f"step {done} loss {last_running:.3f} zero-shot {json.dumps(accuracy)}"
+                )
                 print(log[-1], flush=True)
             if done % 250 == 0 or done == args.steps:
                 state = {name: o.state_dict() for name, o in optimizers.items()}
                 state["model"] = model.state_dict()
                 save_checkpoint(checkpoint, {**state, "step": done, "log": log})
 
-    half = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    half = {
+        name: tensor.half().contiguous() for name, tensor in model.state_dict().items()
+    }
     temporary = args.out / "open_clip_model.tmp"
     save_file(half, temporary)
     os.replace(temporary, args.out / "open_clip_model.safetensors")
-    settings = f"steps {args.steps} lr {args.lr} singles {args.singles} pairs {args.pairs}"
+    settings = (
+        f"steps {args.steps} lr {args.lr} singles {args.singles} pairs {args.pairs}"
+    )
     text = "\n".join([f"seed {args.seed} {settings}", *log]) + "\n"
     (args.out / "training.log").write_text(text)
 

@@ -75,7 +75,10 @@ def naming(model, tokenizer, n_words, n_prompts=100, seed=1):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         answer = tokenizer(f" {words[asked]}.", add_special_tokens=False).input_ids
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(answer), do_sample=False
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=len(answer),
+            do_sample=False,
         )
         right += out[0, ids.shape[1] :].tolist() == answer
     model.train()
@@ -91,11 +94,15 @@ def learning_rate(step, steps, peak, warmup=100, decay=0.3):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--rows", type=int, default=24, help="rows of 128 tokens in a batch")
+    parser.add_argument(
+        "--rows", type=int, default=24, help="rows of 128 tokens in a batch"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--checkpoints", type=Path, default=Path.home() / ".cache/flamingo_lite/opt")
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path.home() / ".cache/flamingo_lite/opt"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "tiny_opt")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
