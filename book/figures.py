@@ -28,8 +28,8 @@ def flamingo_map(lit):
     """Draw the whole model with one part lit: "you are here".
 
     Args:
-        lit: "data", "vision", "perceiver", "cross_attention", "layers", "model", "loss",
-            or "training" (everything).
+        lit: "data", "vision", "perceiver", "cross_attention", "layers", "model",
+            "loss", or "training" (everything).
     """
     frames = {"layers": (6.35, 0.65, 4.7, 1.4), "model": (1.95, 0.35, 9.35, 3.2)}
     known = {*BLOCKS, *frames, "training"} - {"lm"}

@@ -66,9 +66,8 @@ def main():
     shutil.rmtree(BUILD / "html", ignore_errors=True)
     shutil.move(page.parent, BUILD / "html")
     seconds = time.perf_counter() - started
-    print(
-        f"the book is at {(BUILD / 'html' / 'index.html').relative_to(ROOT)} ({seconds:.0f} s)"
-    )
+    page = (BUILD / "html" / "index.html").relative_to(ROOT)
+    print(f"the book is at {page} ({seconds:.0f} s)")
 
 
 if __name__ == "__main__":

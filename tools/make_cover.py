@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Draw the picture on the book's first page: captions, and the same with pictures shuffled.
+"""Draw the book's first-page picture: captions, and the same with pictures shuffled.
 
     python tools/make_cover.py
 
-Writes book/images/cover.png with the embedded trained model. A flamingo by each of the two
-studios that no model here was trained on comes first; the other pictures, by the same two
-studios, are drawn by lot with --seed, not chosen.
+Writes book/images/cover.png with the embedded trained model. A flamingo by each of the
+two studios that no model here was trained on comes first; the other pictures, by the
+same two studios, are drawn by lot with --seed, not chosen.
 """
 
 import argparse
@@ -29,7 +29,7 @@ RIGHT, WRONG = "#d6336c", "#868e96"
 
 
 def choose(rows, seed):
-    """Two flamingos, two other single things and three held-out pairs, by two studios."""
+    """Two flamingos, two other single things, three held-out pairs, by two studios."""
     scenes = []
     for studio in ("twemoji", "openmoji"):
         mine = [row for row in rows if row["studio"] == studio]
@@ -67,7 +67,10 @@ def main():
             colour = RIGHT if caption == scene["text"] else WRONG
             ax.set_title(broken(caption), fontsize=7.5, color=colour)
             ax.axis("off")
-    for y, text in ((0.985, "what it says of the picture"), (0.475, "shown another one")):
+    for y, text in (
+        (0.985, "what it says of the picture"),
+        (0.475, "shown another one"),
+    ):
         fig.text(0.01, y, text, fontsize=8.5, color="#343a40", va="top")
     fig.tight_layout(rect=(0, 0, 1, 0.96), h_pad=2.2)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Rasterise the emoji of nine studios into data/emoji, an imagefolder with metadata.jsonl.
+"""Rasterise nine studios' emoji into data/emoji, an imagefolder with metadata.jsonl.
 
 A reader never needs this: the pictures are committed. To make them again, install the
 nine npm packages that `data/README.md` lists, and `resvg-py` from PyPI, then
@@ -53,8 +53,9 @@ television telephone game-die=dice bomb umbrella-on-ground=beach-umbrella
 """
 UNNAMED = """
 ant boar bug camel cat=whole-cat dog=whole-dog dove dragon-face goat hamster leopard
-blowfish poodle ram rat rooster ox water-buffalo hatching-chick chipmunk wolf cow=whole-cow
-pig=whole-pig rabbit=whole-rabbit whale=blue-whale spiral-shell spider-web paw-prints
+blowfish poodle ram rat rooster ox water-buffalo hatching-chick chipmunk wolf
+cow=whole-cow pig=whole-pig rabbit=whole-rabbit whale=blue-whale spiral-shell spider-web
+paw-prints
 hibiscus white-flower blossom cherry-blossom bouquet seedling deciduous-tree herb
 fallen-leaf sheaf-of-rice rosette
 bread candy cherries chestnut cooked-rice custard dango french-fries fried-shrimp grapes
@@ -101,8 +102,12 @@ def svg(icons, icon):
             width = body.get("width", icons.get("width", 16))
             height = body.get("height", icons.get("height", 16))
             box = f"{body.get('left', 0)} {body.get('top', 0)} {width} {height}"
-            ns = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-            return f'<svg {ns} width="{SIZE}" height="{SIZE}" viewBox="{box}">{body["body"]}</svg>'
+            ns = (
+                'xmlns="http://www.w3.org/2000/svg" '
+                'xmlns:xlink="http://www.w3.org/1999/xlink"'
+            )
+            size = f'width="{SIZE}" height="{SIZE}" viewBox="{box}"'
+            return f"<svg {ns} {size}>{body['body']}</svg>"
     return None
 
 

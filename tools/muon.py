@@ -1,8 +1,8 @@
 """Muon in float32: momentum whose step for a matrix is made orthogonal.
 
-torch.optim.Muon does the same in bfloat16, which is very slow on many CPUs. Follows Jordan
-et al. 2024 (https://kellerjordan.github.io/posts/muon/); the step is scaled to the size of
-AdamW's as in Liu et al. 2025 (arXiv 2502.16982, section 2.2).
+torch.optim.Muon does the same in bfloat16, which is very slow on many CPUs. Follows
+Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the step is scaled to
+the size of AdamW's as in Liu et al. 2025 (arXiv 2502.16982, section 2.2).
 """
 
 import torch
@@ -20,7 +20,7 @@ def orthogonalise(matrix, iterations=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices only; a (3d, d) matrix of queries, keys and values counts as three."""
+    """For matrices only; a (3d, d) matrix of queries, keys, values counts as three."""
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0):
         super().__init__(

@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(path):
-    """Execute one notebook in its own folder and write it back; error cells must be tagged."""
+    """Execute one notebook in its own folder and write it back.
+
+    Error cells must be tagged.
+    """
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

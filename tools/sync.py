@@ -35,7 +35,10 @@ if "google.colab" in sys.modules and not os.path.exists("figures.py"):
     os.chdir("flamingo_lite/book")
 sys.path.insert(0, os.path.abspath(".."))"""
 COLAB = re.compile(r"^\[Open in Colab\]\(.*?\)", re.M)
-COLAB_LINK = "[Open in Colab](https://colab.research.google.com/github/{slug}/blob/{branch}/book/{name})"
+COLAB_LINK = (
+    "[Open in Colab](https://colab.research.google.com/github/"
+    "{slug}/blob/{branch}/book/{name})"
+)
 INIT = '''\
 """Flamingo, one tensor at a time. Written by the notebooks in book/; see README.md."""
 
@@ -67,7 +70,7 @@ def public_names(tree):
 
 
 def export(path, notebook):
-    """(module name, source, public names) of one notebook, or None if it exports nothing."""
+    """A notebook's (module name, source, public names); None if it exports nothing."""
     module, parts, names = None, [], []
     for number, cell in enumerate(notebook.cells):
         match = DIRECTIVE.match(cell.source) if cell.cell_type == "code" else None

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The text that the tiny language model learns from. It holds no pictures, only words.
 
-Five kinds of line, drawn at random with a fixed seed: captions, facts about kinds, questions
-that the line itself answers, lists that name things again and again, and made-up words bound
-to things. `python tools/tiny_text.py --lines 20` prints some.
+Five kinds of line, drawn at random with a fixed seed: captions, facts about kinds,
+questions that the line itself answers, lists that name things again and again, and
+made-up words bound to things. `python tools/tiny_text.py --lines 20` prints some.
 """
 
 import argparse
@@ -15,13 +15,14 @@ import numpy as np
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 KINDS = {
-    "animal": """bear chick cow crocodile dog dolphin elephant frog horse koala ladybug octopus
-        panda penguin pig rabbit snail snake spider tiger turtle whale bee cat mouse monkey fish
-        flamingo butterfly owl fox lion parrot shark""",
-    "plant": "cactus palm_tree sunflower tulip rose mushroom maple_leaf christmas_tree clover",
-    "food": """banana birthday_cake chocolate_bar cookie doughnut eggplant hamburger lemon
-        lollipop peach pear pineapple pizza red_apple green_apple strawberry tomato watermelon
-        ice_cream corn_cob pumpkin""",
+    "animal": """bear chick cow crocodile dog dolphin elephant frog horse koala ladybug
+        octopus panda penguin pig rabbit snail snake spider tiger turtle whale bee cat
+        mouse monkey fish flamingo butterfly owl fox lion parrot shark""",
+    "plant": """cactus palm_tree sunflower tulip rose mushroom maple_leaf christmas_tree
+        clover""",
+    "food": """banana birthday_cake chocolate_bar cookie doughnut eggplant hamburger
+        lemon lollipop peach pear pineapple pizza red_apple green_apple strawberry
+        tomato watermelon ice_cream corn_cob pumpkin""",
     "drink": "wine_glass beer_mug hot_drink",
     "vehicle": "airplane ambulance bus bicycle sailboat rocket tractor helicopter",
     "instrument": "guitar violin trumpet bell",
@@ -91,13 +92,14 @@ def fact(rng, things):
     thing = rng.choice(things)
     kind = kind_of(thing)
     number = rng.choice(NUMBERS)
+    several = f"{number} {plural(thing)}"
     return rng.choice(
         [
             f"{a(thing)} is {a(kind)}.",
             f"question: what kind of thing is {a(thing)}? answer: {a(kind)}",
-            f"{number} {plural(thing)}",
-            f"{number} {plural(thing)}. question: how many {plural(thing)}? answer: {number}",
-            f"{number} {plural(thing)}. question: what is it? answer: {number} {plural(thing)}",
+            several,
+            f"{several}. question: how many {plural(thing)}? answer: {number}",
+            f"{several}. question: what is it? answer: {several}",
         ]
     )
 
@@ -108,13 +110,15 @@ def question(rng, things):
     relation = rng.choice(RELATIONS)
     asked = rng.choice([one, other, absent])
     seen = f"{a(one)} {relation} {a(other)}."
+    opposite, kind = OPPOSITES[relation], kind_of(one)
+    there = "no" if asked == absent else "yes"
     return rng.choice(
         [
             f"{seen} question: what is {relation} the {other}? answer: {a(one)}",
-            f"{seen} question: what is {OPPOSITES[relation]} the {one}? answer: {a(other)}",
-            f"{seen} question: is there {a(asked)}? answer: {'no' if asked == absent else 'yes'}",
+            f"{seen} question: what is {opposite} the {one}? answer: {a(other)}",
+            f"{seen} question: is there {a(asked)}? answer: {there}",
             f"{a(one)}. question: what is this? answer: {a(one)}",
-            f"{a(one)}. question: what kind of thing is this? answer: {a(kind_of(one))}",
+            f"{a(one)}. question: what kind of thing is this? answer: {a(kind)}",
         ]
     )
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Train the tiny CLIP on scenes drawn by seven studios, with open_clip's own model and loss.
+"""Train the tiny CLIP on scenes by seven studios, with open_clip's own model and loss.
 
-    python tools/train_tiny_clip.py                 hours on two cores; resumes where it stopped
-    python tools/train_tiny_clip.py --steps 20      a look at it
+    python tools/train_tiny_clip.py              hours on two cores; resumes where
+                                                 it stopped
+    python tools/train_tiny_clip.py --steps 20   a look at it
 
-It reads data/tiny_clip/open_clip_config.json and writes, beside it, `open_clip_model.safetensors`
-(half precision) and `training.log`. Twemoji and OpenMoji are opened only to be tested on.
-Checkpoints go to --checkpoints, a folder outside the repository.
+It reads data/tiny_clip/open_clip_config.json and writes, beside it,
+`open_clip_model.safetensors` (half precision) and `training.log`. Twemoji and OpenMoji
+are opened only to be tested on. Checkpoints go to --checkpoints, a folder outside the
+repository.
 """
 
 import argparse
@@ -23,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import open_clip  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image, ImageChops, ImageFilter, ImageOps  # noqa: E402
 from muon import Muon  # noqa: E402
+from PIL import Image, ImageChops, ImageFilter, ImageOps  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tiny_text import a  # noqa: E402
 
@@ -69,7 +71,10 @@ def tilt(rng, drawing):
 
 
 def recolour(pixels, generator):
-    """Change saturation, tint, contrast and brightness of each picture: (B, 3, H, W) in 0..1."""
+    """Change saturation, tint, contrast and brightness of each picture.
+
+    The pictures come as (B, 3, H, W) in 0..1.
+    """
     B = len(pixels)
 
     def uniform(low, high, *shape):
@@ -120,7 +125,8 @@ class Batches:
             if is_held_out(*pair):
                 continue
             relation = str(rng.choice(RELATIONS))
-            # The same two things the other way round: only where they stand tells them apart.
+            # The same two things the other way round: only where they stand tells
+            # them apart.
             scenes += [(relation, pair), (relation, pair[::-1])]
         pictures, captions = [], []
         for relation, pair in scenes:
@@ -164,13 +170,13 @@ def zero_shot(model, tokenizer, rows, seed=1, per_thing=2):
 
 
 def learning_rate(step, steps, peak, warmup=200, decay=0.3):
-    """Up in `warmup` steps, level, and down to zero over the last `decay` of the run."""
+    """Up in `warmup` steps, level, and down to zero over the run's last `decay`."""
     down = (steps - step) / (decay * steps)
     return peak * min(1.0, (step + 1) / warmup, max(0.0, down))
 
 
 def make_optimizers(model, lr, with_muon):
-    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
 
     The run that made data/tiny_clip changed over at step 1000, where Muon went on about
     twice as fast; it may pay earlier.
@@ -277,7 +283,8 @@ def main():
                     k: round(v, 3) for k, v in zero_shot(model, tokenizer, rows).items()
                 }
                 log.append(
-                    f"step {done} loss {last_running:.3f} zero-shot {json.dumps(accuracy)}"
+                    f"step {done} loss {last_running:.3f} "
+                    f"zero-shot {json.dumps(accuracy)}"
                 )
                 print(log[-1], flush=True)
             if done % 250 == 0 or done == args.steps:

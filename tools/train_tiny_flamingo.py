@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Train the tiny Flamingo for longer than a reader waits, with the function of chapter 9.
+"""Train the tiny Flamingo longer than a reader waits, with the function of chapter 9.
 
     python tools/train_tiny_flamingo.py                 resumes where it stopped
     python tools/train_tiny_flamingo.py --steps 20      a look at it
 
-Writes data/tiny_flamingo: flamingo.safetensors (half precision), config.json, training.log.
+Writes data/tiny_flamingo: flamingo.safetensors (half precision), config.json,
+training.log.
 """
 
 import argparse

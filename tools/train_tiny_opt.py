@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Train the tiny OPT on text alone (see tiny_text.py), with transformers' own model.
 
-    python tools/train_tiny_opt.py                 minutes on two cores; resumes where it stopped
-    python tools/train_tiny_opt.py --steps 20      a look at it
+    python tools/train_tiny_opt.py              minutes on two cores; resumes where
+                                                it stopped
+    python tools/train_tiny_opt.py --steps 20   a look at it
 
-It needs data/tiny_opt/tokenizer.json (make_tokenizers.py) and writes, beside it, config.json,
-model.safetensors (half precision) and training.log. It never sees a picture.
+It needs data/tiny_opt/tokenizer.json (make_tokenizers.py) and writes, beside it,
+config.json, model.safetensors (half precision) and training.log. It never sees a
+picture.
 """
 
 import argparse
@@ -62,8 +64,11 @@ def perplexity(model, tokenizer, seed=10**6):
 
 @torch.no_grad()
 def naming(model, tokenizer, n_words, n_prompts=100, seed=1):
-    """Share of prompts 'lemon: this is a dax. tent: this is a wug. lemon: this is a' that
-    go on with the right word. Guessing among the words of the prompt gives 1 / n_words."""
+    """Share of prompts that go on with the right word.
+
+    A prompt is 'lemon: this is a dax. tent: this is a wug. lemon: this is a'. Guessing
+    among the words of the prompt gives 1 / n_words.
+    """
     model.eval()
     rng, things, right = np.random.default_rng(seed), named_things(), 0
     for _ in range(n_prompts):
@@ -86,7 +91,7 @@ def naming(model, tokenizer, n_words, n_prompts=100, seed=1):
 
 
 def learning_rate(step, steps, peak, warmup=100, decay=0.3):
-    """Up in `warmup` steps, level, and down to zero over the last `decay` of the run."""
+    """Up in `warmup` steps, level, and down to zero over the run's last `decay`."""
     down = (steps - step) / (decay * steps)
     return peak * min(1.0, (step + 1) / warmup, max(0.0, down))
 

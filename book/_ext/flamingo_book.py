@@ -1,4 +1,4 @@
-"""Sphinx glue of this book: a badge on exported cells, and one copy of thebe's script."""
+"""Sphinx glue of this book: a badge on exported cells, one copy of thebe's script."""
 
 import re
 
@@ -8,7 +8,7 @@ DIRECTIVE = re.compile(r"^#\|\s*(default_exp|export)\b[ \t]*(\S*)[ \t]*\n?", re.
 
 
 def badges(app, doctree):
-    """Show `#| export` as a badge that names the module; hide `#| default_exp` cells."""
+    """Show `#| export` as a badge naming the module; hide `#| default_exp` cells."""
     module = None
     for cell in list(doctree.findall(nodes.container)):
         if cell.get("nb_element") != "cell_code":
@@ -26,12 +26,15 @@ def badges(app, doctree):
         block.replace_self(nodes.literal_block(code, code, **attributes))
         cell["classes"].append("exported")
         badge = nodes.paragraph("", classes=["export-badge"])
-        badge += [nodes.Text("exported to "), nodes.literal("", f"flamingo_lite/{module}.py")]
+        badge += [
+            nodes.Text("exported to "),
+            nodes.literal("", f"flamingo_lite/{module}.py"),
+        ]
         cell.insert(0, badge)
 
 
 def one_thebe(app, pagename, templatename, context, doctree):
-    """sphinx-thebe adds its inline script twice; the second is an error in the console."""
+    """sphinx-thebe adds its inline script twice; the second is a console error."""
     seen, keep = False, []
     for script in context.get("script_files", []):
         body = getattr(script, "attributes", {}).get("body") or ""
