@@ -1,6 +1,6 @@
 # Written by tools/sync.py from book/06_loss.ipynb.
 # Edit the notebook, not this file.
-"""The shifted loss: every token is asked to foretell the next one.
+"""The shifted loss: every token is asked to predict the next one.
 
 Shapes, spelled the same way in every chapter:
 
@@ -48,7 +48,7 @@ def make_labels(input_ids, media_token_id, eoc_token_id, attention_mask=None):
 
 
 def shifted_cross_entropy(logits, labels, reduction="mean"):
-    """Cross-entropy between what token t foretells and token t + 1.
+    """Cross-entropy between what is predicted at token t and token t + 1.
 
     Args:
         logits: (B, T_txt, vocab).

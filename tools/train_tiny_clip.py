@@ -25,12 +25,12 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import open_clip  # noqa: E402
 import torch  # noqa: E402
-from muon import Muon  # noqa: E402
 from PIL import Image, ImageChops, ImageFilter, ImageOps  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tiny_text import a  # noqa: E402
 
 from flamingo_lite.data import draw_scene, is_held_out, load_sprites  # noqa: E402
+from flamingo_lite.training import Muon  # noqa: E402
 
 UNSEEN = ("twemoji", "openmoji")
 RELATIONS = ("to the left of", "above")

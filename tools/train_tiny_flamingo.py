@@ -31,8 +31,8 @@ from flamingo_lite import (  # noqa: E402
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=50_000)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--scenes", type=int, default=30_000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -42,6 +42,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "tiny_flamingo")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # tiny gradients make Muon slow otherwise
     torch.manual_seed(args.seed)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
 
