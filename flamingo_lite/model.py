@@ -393,7 +393,9 @@ def _misfits(saved, wanted):
         elif saved[name].shape != wanted[name].shape:
             shapes = tuple(saved[name].shape), tuple(wanted[name].shape)
             yield "{} is {}, want {}".format(name, *shapes)
-        elif not (saved[name].is_floating_point() and saved[name].isfinite().all()):
+        elif not (
+            saved[name].is_floating_point() and saved[name].float().isfinite().all()
+        ):
             yield f"{name} holds something other than finite floats"
 
 

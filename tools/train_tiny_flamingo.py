@@ -4,7 +4,7 @@
     python tools/train_tiny_flamingo.py                 resumes where it stopped
     python tools/train_tiny_flamingo.py --steps 20      a look at it
 
-Writes data/tiny_flamingo: flamingo.safetensors (half precision), config.json,
+Writes data/tiny_flamingo: flamingo.safetensors (8 and 16 bits), config.json,
 training.log.
 """
 
@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from flamingo_lite import (  # noqa: E402
     build_flamingo,
@@ -27,6 +28,15 @@ from flamingo_lite import (  # noqa: E402
     score_captions,
     train,
 )
+
+
+def shrink(path):
+    """Keep matrices in eight bits (float8_e4m3fn), the rest as it is."""
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and name.endswith(".weight"):
+            tensors[name] = tensor.to(torch.float8_e4m3fn)
+    save_file(tensors, path)
 
 
 def main():
@@ -81,6 +91,7 @@ def main():
         log.append(f"{name}: exact {sum(score['exact']) / len(test):.3f}")
         print(log[-1], flush=True)
     save_flamingo(model, args.out, dtype=torch.float16)
+    shrink(args.out / "flamingo.safetensors")
     (args.out / "training.log").write_text("\n".join(log) + "\n")
 
 
