@@ -67,7 +67,7 @@ def main():
 
     def report(line):
         print(line, flush=True)
-        log.append(line.split("  ")[0] + "  " + line.split("  ")[1])
+        log.append(line[: line.index("loss") + 10])  # not the pace
 
     train(
         model,
