@@ -1,6 +1,10 @@
 """The drawings that several chapters share. Not part of the package."""
 
+import base64
+import io
+
 import matplotlib.pyplot as plt
+from IPython.display import HTML, display
 from matplotlib.patches import FancyBboxPatch
 
 PINK, PALE, GREY, INK = "#d6336c", "#fbe3ec", "#e9ecef", "#343a40"
@@ -29,10 +33,10 @@ def flamingo_map(lit):
 
     Args:
         lit: "data", "vision", "perceiver", "cross_attention", "layers", "model",
-            "loss", or "training" (everything).
+            "loss", "generation" (the way back), or "training" (everything).
     """
     frames = {"layers": (6.35, 0.65, 4.7, 1.4), "model": (1.95, 0.35, 9.35, 3.2)}
-    known = {*BLOCKS, *frames, "training"} - {"lm"}
+    known = {*BLOCKS, *frames, "training", "generation"} - {"lm"}
     if lit not in known:
         raise ValueError(f"no part {lit!r}; there are {', '.join(sorted(known))}")
     fig, ax = plt.subplots(figsize=(8.6, 2.9), facecolor="white")
@@ -81,10 +85,16 @@ def flamingo_map(lit):
     for start, end in ARROWS:
         arrow = {"arrowstyle": "->", "color": INK, "lw": 1.2}
         ax.annotate("", end, start, arrowprops=arrow, zorder=3)
+    if lit == "generation":
+        way_back = {"arrowstyle": "->", "color": PINK, "lw": 2.5, "shrinkA": 0}
+        way_back["connectionstyle"] = "bar,angle=180,fraction=-0.11"
+        ax.annotate("", (0.8, 0.85), (11.45, 0.85), arrowprops=way_back, zorder=3)
+        text = {"s": "append the next token", "ha": "center", "fontsize": 8}
+        ax.text(6.1, -0.62, color=PINK, **text)
     ax.text(11.45, 1.45, "logits", ha="center", fontsize=7, color=INK)
     ax.text(4.1, 1.45, "text (B, T_txt, d_txt)", ha="center", fontsize=7, color=INK)
     ax.set_xlim(-0.1, 13.4)
-    ax.set_ylim(0, 3.7)
+    ax.set_ylim(-0.8 if lit == "generation" else 0, 3.7)
     ax.axis("off")
     fig.tight_layout()
     plt.show()
@@ -146,3 +156,26 @@ def show_mask(may_look, words, columns=None):
     ax.tick_params(length=0)
     fig.tight_layout()
     plt.show()
+
+
+def show_film(frames, alt, seconds=0.5):
+    """Show pictures one after the other, again and again, in the page itself.
+
+    Args:
+        frames: PIL pictures of one size.
+        alt: what is to be seen, in words.
+        seconds: how long each frame stays.
+    """
+    file = io.BytesIO()
+    frames[0].save(
+        file,
+        "GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=int(1000 * seconds),
+        loop=0,
+    )
+    data = base64.b64encode(file.getvalue()).decode()
+    style = "width:160px;image-rendering:pixelated;border:1px solid #adb5bd"
+    image = f'<img alt="{alt}" style="{style}" src="data:image/gif;base64,{data}">'
+    display(HTML(image))

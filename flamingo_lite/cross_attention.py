@@ -88,7 +88,23 @@ class MaskedCrossAttention(nn.Module):
         rule = self.only_attend_immediate_media
         return text_to_media_mask(media_locations, T_img, rule)[:, -T_txt:]
 
-    def forward(self, x, media, media_locations=None, use_cached_media=False):
+    def _split_heads(self, t):
+        return rearrange(t, "B tokens (h d) -> B h tokens d", h=self.heads)
+
+    def keys_values(self, media):
+        """(B, T_img, n, d_img) latents to k and v, (B, h, T_img * n, d_head) each."""
+        latents = rearrange(media, "B T_img n d -> B (T_img n) d")
+        k, v = self.to_kv(latents).chunk(2, dim=-1)  # (B, T_img * n, h * d_head) each
+        return self._split_heads(k), self._split_heads(v)
+
+    def forward(
+        self,
+        x,
+        media,
+        media_locations=None,
+        use_cached_media=False,
+        keys_values=None,
+    ):
         """Return what the text reads.
 
         Args:
@@ -97,6 +113,7 @@ class MaskedCrossAttention(nn.Module):
             media_locations: (B, T_all) bool, True at `<image>`, for all tokens so far,
                 of which `x` is the last T_txt; None: every token sees every image.
             use_cached_media: `x` comes after all the tokens of `media_locations`.
+            keys_values: what the method `keys_values` made of `media`, if it was kept.
 
         Returns:
             (B, T_txt, d_txt). Exactly zero for a token that may look at no image.
@@ -105,11 +122,8 @@ class MaskedCrossAttention(nn.Module):
             ValueError: `media_locations` covers fewer tokens than `x` has.
         """
         T_txt, (T_img, n) = x.shape[1], media.shape[1:3]
-        latents = rearrange(media, "B T_img n d -> B (T_img n) d")
-        q = self.to_q(self.norm(x))  # (B, T_txt, h * d_head)
-        k, v = self.to_kv(latents).chunk(2, dim=-1)  # (B, T_img * n, h * d_head) each
-        split = "B tokens (h d) -> B h tokens d"
-        q, k, v = (rearrange(t, split, h=self.heads) for t in (q, k, v))
+        q = self._split_heads(self.to_q(self.norm(x)))  # (B, h, T_txt, d_head)
+        k, v = keys_values or self.keys_values(media)  # (B, h, T_img * n, d_head) each
         allowed = blind = None
         if media_locations is not None:
             may_look = self.may_look(T_txt, T_img, media_locations, use_cached_media)
@@ -153,8 +167,15 @@ class GatedCrossAttentionBlock(nn.Module):
         self.ff = FeedForward(dim, mult=ff_mult)
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, media, media_locations=None, use_cached_media=False):
+    def forward(
+        self,
+        x,
+        media,
+        media_locations=None,
+        use_cached_media=False,
+        keys_values=None,
+    ):
         """(B, T_txt, d_txt) in and out; arguments as `MaskedCrossAttention`."""
-        read = self.attn(x, media, media_locations, use_cached_media)
+        read = self.attn(x, media, media_locations, use_cached_media, keys_values)
         x = x + read * self.attn_gate.tanh()
         return x + self.ff(x) * self.ff_gate.tanh()

@@ -46,15 +46,22 @@ def read_picture(path):
     """
     formats = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
     try:
+        if not Path(path).is_file():
+            raise ValueError("there is no such file, or it is no ordinary one")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=formats) as picture:
                 upright = ImageOps.exif_transpose(picture)
-        if upright.mode == "F":
-            raise ValueError("brightness in floating point; save it with 8 bits")
-        if upright.mode.startswith("I"):  # 16 bits: Pillow would clip, so scale
+        if upright.mode == "F" or (upright.mode, picture.format) == ("I", "TIFF"):
+            raise ValueError("brightness in 32 bits; save it with 8 or 16")
+        clear, deep = upright.info.get("transparency"), upright.mode.startswith("I")
+        if (clear is not None and deep) or (type(clear) is tuple and max(clear) > 255):
+            raise ValueError("a transparent colour in 16 bits; save it with 8")
+        if deep:  # 16 bits: Pillow would clip, so scale
             grey = (np.asarray(upright) / 257).clip(0, 255)
             upright = Image.fromarray(grey.astype(np.uint8))
+        if max(upright.size) > 3000 * min(upright.size):
+            raise ValueError(f"a strip of {upright.width} x {upright.height} pixels")
         upright = upright.convert("RGBA")
     except Exception as error:  # a broken file makes decoders raise almost anything
         raise ValueError(f"cannot read the picture {path}: {error}") from error
@@ -241,17 +248,23 @@ def collate(examples, tokenizer):
         attention_mask and labels (B, T_txt). Missing pictures at the end are zeros.
 
     Raises:
-        ValueError: a row has not as many texts as pictures, is too long, or holds a
-            special token; the tokenizer lacks `<image>` or `<|endofchunk|>`.
+        ValueError: a row has not as many texts as pictures, pictures of another shape,
+            a special token in a text, or too many tokens; there is no row; the
+            tokenizer lacks `<image>` or `<|endofchunk|>`.
     """
     added = tokenizer.added_tokens_decoder.values()
     special_tokens = {str(token) for token in added if token.special}
     if lacking := set(SPECIAL_TOKENS) - special_tokens:
         raise ValueError(f"the tokenizer has no special token {min(lacking)}")
+    if not examples:
+        raise ValueError("there is no row")
+    shape = tuple(examples[0][0].shape[1:])  # (F, v, d_img)
     for row, (features, texts) in enumerate(examples):
         if len(features) != len(texts):
             counts = f"{len(features)} pictures, but {len(texts)} texts"
             raise ValueError(f"row {row}: {counts}")
+        if (own := tuple(features.shape[1:])) != shape:
+            raise ValueError(f"row {row}: pictures are {own}, those of row 0 {shape}")
         for number, text in enumerate(texts, 1):
             check_text(text, f"row {row}, text {number}", special_tokens)
     pictures = [features.float() for features, _ in examples]

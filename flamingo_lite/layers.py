@@ -32,7 +32,7 @@ class FlamingoLayer(nn.Module):
         self.gated_cross_attn_layer = gated_cross_attn_layer
         self.decoder_layer = decoder_layer
         self.gradient_checkpointing = gradient_checkpointing
-        self.vis_x = self.media_locations = None
+        self.vis_x = self.media_locations = self.keys_values = None
         self.use_cached_media = False
 
     def is_conditioned(self):
@@ -41,7 +41,13 @@ class FlamingoLayer(nn.Module):
 
     def condition_vis_x(self, vis_x):
         """Remember the latents, (B, T_img, n, d_img), or forget them with None."""
-        self.vis_x = vis_x
+        self.vis_x, self.keys_values = vis_x, None
+
+    def keep_keys_values(self):
+        """Make keys and values of the latents now, for all the tokens to come."""
+        if self.gated_cross_attn_layer is not None:
+            attn = self.gated_cross_attn_layer.attn
+            self.keys_values = attn.keys_values(self.vis_x)
 
     def condition_media_locations(self, media_locations):
         """Remember where `<image>` stands, (B, T_all) bool, or forget it with None."""
@@ -62,7 +68,7 @@ class FlamingoLayer(nn.Module):
                 "no images: condition_vis_x and condition_media_locations come first "
                 "(Flamingo.forward and Flamingo.generate do it for you)"
             )
-        seen = self.vis_x, self.media_locations, self.use_cached_media
+        seen = self.vis_x, self.media_locations, self.use_cached_media, self.keys_values
         caches = kwargs.get("use_cache") or kwargs.get("past_key_values") is not None
         if self.gradient_checkpointing and torch.is_grad_enabled() and not caches:
             # `seen` is handed over: images may be forgotten before backward runs again.
@@ -126,7 +132,46 @@ class _DecoderLayers(nn.Module):
         self.initialized_flamingo = True
 
 
-class FlamingoLMMixin(_DecoderLayers):
+class _ImageCount(_DecoderLayers):
+    """The part of `FlamingoLMMixin` that keeps and clears what the layers remember."""
+
+    def is_conditioned(self):
+        """True if every layer knows its images."""
+        return all(layer.is_conditioned() for layer in self._get_decoder_layers())
+
+    def clear_conditioned_layers(self):
+        """Forget images and positions in every layer."""
+        for layer in self._get_decoder_layers():
+            layer.condition_vis_x(None)
+            layer.condition_media_locations(None)
+            layer.condition_use_cached_media(False)
+
+    def _locate_media(self, input_ids, past):
+        """(B, T_all) bool: `<image>` in all the text that ends with `input_ids`."""
+        n_past = 0 if past is None else int(past.get_seq_length())
+        if n_past == 0:
+            # After `cache_media`, a text without images follows the one cached there.
+            has_image = (input_ids == self.media_token_id).any()
+            follows = self._use_cached_vision_x and not has_image
+            known = self._get_decoder_layers()[0].media_locations  # (B, T_all)
+            self._n_apart = known.shape[1] if follows else 0
+        return self._after(self._n_apart + n_past, input_ids)
+
+    def _after(self, n_before, input_ids):
+        """(B, n_before + T_txt) bool: what the layers know, then `input_ids`."""
+        media_locations = input_ids == self.media_token_id  # (B, T_txt)
+        if n_before == 0:
+            return media_locations
+        before = self._get_decoder_layers()[0].media_locations  # (B, T_all)
+        if before is None or before.shape[1] < n_before:
+            raise ValueError(
+                "where was <image> in the text before? Give the whole text, or pass "
+                "clear_conditioned_layers=False when you run its beginning"
+            )
+        return torch.cat((before[:, :n_before], media_locations), dim=1)
+
+
+class FlamingoLMMixin(_ImageCount):
     """What a language model from transformers learns to become part of a Flamingo."""
 
     initialized_flamingo = False
@@ -146,19 +191,17 @@ class FlamingoLMMixin(_DecoderLayers):
     ):
         """Find `<image>` in `input_ids`, (B, T_txt), tell every layer, run the model.
 
-        `media_locations`, (B, T_all) bool, may come from outside when `input_ids` holds
-        only the last tokens of a longer text, as it does while generating.
+        With `past_key_values`, `input_ids` goes on with the text that they hold, and so
+        does the count of images, row by row. `media_locations`, (B, T_all) bool, may
+        also come from outside.
         """
         if not self.initialized_flamingo:
             raise ValueError("call init_flamingo before forward")
-        after_cached = False
         if media_locations is None:
-            media_locations = input_ids == self.media_token_id  # (B, T_txt)
-            after_cached = self._use_cached_vision_x and not media_locations.any()
+            past = kwargs.get("past_key_values")
+            media_locations = self._locate_media(input_ids, past)  # (B, T_all)
         for layer in self._get_decoder_layers():
-            if not after_cached:
-                layer.condition_media_locations(media_locations)
-            layer.condition_use_cached_media(after_cached)
+            layer.condition_media_locations(media_locations)
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, **kwargs
         )
@@ -170,25 +213,7 @@ class FlamingoLMMixin(_DecoderLayers):
         before it is still in the layers, from the forward of the last chunk.
         """
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        media_locations = input_ids == self.media_token_id  # (B, T_txt)
         past = inputs.get("past_key_values")
-        n_cached = 0 if past is None else int(past.get_seq_length())
-        n_before = n_cached + inputs["input_ids"].shape[1] - input_ids.shape[1]
-        if n_before > 0:
-            before = self._get_decoder_layers()[0].media_locations  # (B, T_all)
-            if before is None or before.shape[1] < n_before:
-                raise ValueError("where was <image> in the cache? Give the whole text")
-            before = before[:, :n_before]  # (B, n_before)
-            media_locations = torch.cat((before, media_locations), dim=1)  # (B, T_all)
-        return {**inputs, "media_locations": media_locations}
-
-    def is_conditioned(self):
-        """True if every layer knows its images."""
-        return all(layer.is_conditioned() for layer in self._get_decoder_layers())
-
-    def clear_conditioned_layers(self):
-        """Forget images and positions in every layer."""
-        for layer in self._get_decoder_layers():
-            layer.condition_vis_x(None)
-            layer.condition_media_locations(None)
-            layer.condition_use_cached_media(False)
+        n_past = 0 if past is None else int(past.get_seq_length())
+        n_before = max(0, n_past + inputs["input_ids"].shape[1] - input_ids.shape[1])
+        return {**inputs, "media_locations": self._after(n_before, input_ids)}

@@ -11,6 +11,7 @@ Shapes, from pictures to answers:
     logits    (B, T_txt, vocab)           from the language model
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -108,8 +109,8 @@ class _ThreeParts(nn.Module):
 class _PictureMemory(_ThreeParts):
     """How pictures get into the Flamingo layers, and out again."""
 
-    def _encode_vision_x(self, vision_x, vision_features, lang_x, copies=1):
-        """Leave the latents of the pictures, `copies` times a row, in every layer."""
+    def _encode_vision_x(self, vision_x, vision_features, lang_x):
+        """Leave the latents of the pictures in every layer."""
         if (vision_x is None) == (vision_features is None):
             given = "no pictures" if vision_x is None else "pictures given twice"
             raise ValueError(f"{given}: give vision_x or vision_features")
@@ -118,9 +119,21 @@ class _PictureMemory(_ThreeParts):
         check_pictures(vision_features, lang_x == self.media_token_id)
         dtype = self.perceiver.latents.dtype  # cached features may be half precision
         media = self.perceiver(vision_features.to(dtype))  # (B, T_img, n, d_img)
-        media = media.repeat_interleave(copies, dim=0)  # (B * copies, T_img, n, d_img)
         for layer in self.lang_encoder._get_decoder_layers():
             layer.condition_vis_x(media)
+
+    def _repeat_rows(self, copies, keep_keys_values=True):
+        """Copy what the layers know of a row, and make keys and values of it, once."""
+        layers = self.lang_encoder._get_decoder_layers()
+        media, locations = layers[0].vis_x, layers[0].media_locations
+        media = media.repeat_interleave(copies, dim=0)  # (B * copies, T_img, n, d_img)
+        if locations is not None:
+            locations = locations.repeat_interleave(copies, dim=0)  # (B * copies, …)
+        for layer in layers:
+            layer.condition_vis_x(media)
+            layer.condition_media_locations(locations)
+            if keep_keys_values:
+                layer.keep_keys_values()
 
     def cache_media(self, input_ids, vision_x, vision_features=None):
         """Keep pictures, and where `<image>` stands in `input_ids`, for calls to come.
@@ -183,16 +196,26 @@ class Flamingo(_PictureMemory):
 
     @torch.no_grad()
     def generate(
-        self, vision_x, lang_x, attention_mask=None, vision_features=None, **kwargs
+        self,
+        vision_x,
+        lang_x,
+        attention_mask=None,
+        vision_features=None,
+        keep_keys_values=True,
+        **kwargs,
     ):
         """Continue the text until `<|endofchunk|>`, without a further `<image>`.
 
-        Args: as `forward`; `**kwargs` go to transformers' `generate`, where
-            `eos_token_id` and `suppress_tokens` change when to stop and what is barred.
+        Args: as `forward`; `keep_keys_values` makes keys and values of the pictures
+            once instead of at each token; `**kwargs` go to transformers' `generate`,
+            where `eos_token_id` and `suppress_tokens` change when to stop and what is
+            barred.
 
         Returns: (B * num_return_sequences, T_txt + new) ids, the prompt first.
         """
         lm = self.lang_encoder
+        if lm._use_cached_vision_x:
+            raise ValueError("pictures are cached: call uncache_media first")
         asked = kwargs.get("generation_config") or lm.generation_config
         how_many = ("num_beams", "num_return_sequences")
         copies = max(kwargs.get(k) or getattr(asked, k) or 1 for k in how_many)
@@ -200,7 +223,8 @@ class Flamingo(_PictureMemory):
         kwargs.setdefault("pad_token_id", lm.config.pad_token_id)
         kwargs.setdefault("suppress_tokens", [self.media_token_id])
         try:
-            self._encode_vision_x(vision_x, vision_features, lang_x, copies)
+            self._encode_vision_x(vision_x, vision_features, lang_x)
+            self._repeat_rows(copies, keep_keys_values)
             return lm.generate(lang_x, attention_mask=attention_mask, **kwargs)
         finally:
             self.uncache_media()
@@ -216,6 +240,16 @@ def train_new_rows_only(embedding, rows):
     keep[rows] = 1.0
     embedding.weight.requires_grad_(True)
     embedding.weight.register_hook(lambda gradient: gradient * keep.to(gradient))
+
+
+def token_tables(lang_encoder):
+    """The tables with a row for each token: {name: module}, one if they are tied."""
+    first = lang_encoder.get_input_embeddings()
+    last = lang_encoder.get_output_embeddings()
+    tables = {"new_embeddings": first}
+    if last is not None and last.weight is not first.weight:
+        tables["new_output_embeddings"] = last
+    return tables
 
 
 DECODER_LAYERS = {
@@ -240,7 +274,7 @@ def load_language_model(
         lang_encoder = AutoModelForCausalLM.from_pretrained(
             lang_encoder_path, dtype=torch.float32, **where
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise OSError(
             f"cannot load the language model {lang_encoder_path!r} (without a network, "
             f'give a folder, or use build_flamingo("tiny")): {error}'
@@ -256,12 +290,27 @@ def load_language_model(
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     lang_encoder.config.pad_token_id = tokenizer.pad_token_id
+    n_old = len(lang_encoder.get_input_embeddings().weight)
     lang_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ours = tokenizer.convert_tokens_to_ids(tokens)
+    spare = sorted(set(range(n_old, len(tokenizer))) - set(ours))  # <PAD>, if it is new
+    for table in token_tables(lang_encoder).values():  # neither trained nor saved
+        table.weight.data[spare] = table.weight.data[:n_old].mean(dim=0)
     extend_instance(lang_encoder, FlamingoLMMixin)
     lang_encoder.set_decoder_layers_attr_name(
         decoder_layers_attr_name or DECODER_LAYERS[kind]
     )
     return lang_encoder, tokenizer
+
+
+def fingerprint(module):
+    """Tell one set of weights from another: a hash, as 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        first = tensor.detach().flatten()[:256].float().cpu()  # (256,) at most
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(first.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def create_model_and_transforms(
@@ -304,14 +353,33 @@ def create_model_and_transforms(
     )
     new = tokenizer.convert_tokens_to_ids(["<|endofchunk|>", "<image>"])
     flamingo_kwargs["cross_attn_every_n_layers"] = cross_attn_every_n_layers
+    backbones = {
+        "vision_encoder": [clip_vision_encoder_path, fingerprint(vision_encoder)],
+        "lang_encoder": [lang_encoder_path, fingerprint(lang_encoder)],
+    }
     model = Flamingo(
         vision_encoder, lang_encoder, *new, vision_encoder.dim, **flamingo_kwargs
     )
+    model.config = {
+        "clip_vision_encoder_path": clip_vision_encoder_path,
+        "clip_vision_encoder_pretrained": clip_vision_encoder_pretrained,
+        "lang_encoder_path": lang_encoder_path,
+        "tokenizer_path": tokenizer_path,
+        "decoder_layers_attr_name": decoder_layers_attr_name,
+        "freeze_lm_embeddings": freeze_lm_embeddings,
+        **flamingo_kwargs,
+        "backbones": {
+            # The last part of a folder's name will do: its place may change.
+            part: {"name": str(path).split(os.sep)[-1], "fingerprint": mark}
+            for part, (path, mark) in backbones.items()
+        },
+    }
     model.requires_grad_(False)
     model.perceiver.requires_grad_(True)
     lang_encoder.gated_cross_attn_layers.requires_grad_(True)
     if not freeze_lm_embeddings:
-        train_new_rows_only(lang_encoder.get_input_embeddings(), new)
+        for table in token_tables(lang_encoder).values():
+            train_new_rows_only(table, new)
     return model.eval(), image_processor, tokenizer
 
 
@@ -349,7 +417,8 @@ def build_flamingo(size=None, **kwargs):
     if size not in SIZES:
         raise ValueError(f"no size {size!r}; there are {', '.join(map(repr, SIZES))}")
     built = create_model_and_transforms(**{**SIZES[size], **kwargs})
-    built[0].config = {"size": size, **kwargs}
+    backbones = built[0].config["backbones"]
+    built[0].config = {"size": size, **kwargs, "backbones": backbones}
     return built
 
 
@@ -358,8 +427,9 @@ def trained_tensors(model):
     parts = ("perceiver.", "lang_encoder.gated_cross_attn_layers.")
     state = model.state_dict()
     tensors = {name: state[name] for name in state if name.startswith(parts)}
-    embedding = model.lang_encoder.get_input_embeddings().weight.detach()
-    tensors["new_embeddings"] = embedding[[model.eoc_token_id, model.media_token_id]]
+    rows = [model.eoc_token_id, model.media_token_id]
+    for name, table in token_tables(model.lang_encoder).items():
+        tensors[name] = table.weight.detach()[rows]
     return tensors
 
 
@@ -367,8 +437,9 @@ def save_flamingo(model, folder, dtype=None):
     """Write what was trained, and how the model was built, to a folder.
 
     Args:
-        model: a Flamingo from `build_flamingo`.
-        folder: made if it is not there; gets `flamingo.safetensors` and `config.json`.
+        model: a Flamingo from `build_flamingo` or `create_model_and_transforms`.
+        folder: made if it is not there; gets `flamingo.safetensors` and `config.json`,
+            which says how to build the model and which backbones it needs.
         dtype: e.g. torch.float16 halves the file.
     """
     config = json.dumps(model.config, indent=2) + "\n"
@@ -378,9 +449,10 @@ def save_flamingo(model, folder, dtype=None):
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config)
     save_file(tensors, folder / "flamingo.tmp")
+    (folder / "config.tmp").write_text(config)
     os.replace(folder / "flamingo.tmp", folder / "flamingo.safetensors")  # whole or not
+    os.replace(folder / "config.tmp", folder / "config.json")
 
 
 def _misfits(saved, wanted):
@@ -399,38 +471,124 @@ def _misfits(saved, wanted):
             yield f"{name} holds something other than finite floats"
 
 
-def load_flamingo(folder_or_name="tiny"):
-    """Build the model that a folder describes and load what was trained.
+def _read_folder(folder):
+    """The config and the tensors in a folder from `save_flamingo`."""
+    weights, listing = folder / "flamingo.safetensors", folder / "config.json"
+    if not weights.is_file() or not listing.is_file():
+        raise OSError(f"no flamingo.safetensors and config.json in {folder}")
+    try:
+        config = json.loads(listing.read_bytes())
+        saved = load_file(weights)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{listing} is not JSON: {error}") from error
+    except SafetensorError as error:
+        raise OSError(f"{weights} is no safetensors file: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{listing} does not describe a model")
+    _check_numbers(config, saved, listing)
+    return config, saved
+
+
+def _check_numbers(config, saved, where):
+    """Raise ValueError for sizes beyond the tensors': to build them could hang."""
+    most = max((side for t in saved.values() for side in t.shape), default=0)
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        for name, value in part.items():
+            if isinstance(value, (int, float)) and not 0 <= value <= most:
+                raise ValueError(f"{where}: {name} = {value} does not fit the weights")
+
+
+def _check_backbones(needed, present, where):
+    for part, needs in needed.items():
+        has = present[part]
+        if needs["fingerprint"] != has["fingerprint"]:
+            raise ValueError(
+                f"{where} was trained with the {part} {needs['name']!r} (fingerprint "
+                f"{needs['fingerprint']}), and this is {has['name']!r} "
+                f"({has['fingerprint']})"
+            )
+
+
+def _read_openflamingo(path, model):
+    """A checkpoint of OpenFlamingo's as `trained_tensors` would name it."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = saved.get("model_state_dict", saved)
+        saved = {name.removeprefix("module."): saved[name] for name in saved}
+    except Exception as error:  # a damaged file makes the reader raise almost anything
+        raise OSError(f"{path} is no checkpoint of OpenFlamingo's: {error}") from error
+    lm, state, wanted = model.lang_encoder, model.state_dict(), trained_tensors(model)
+    layers, rows = (
+        f"lang_encoder.{lm.decoder_layers_attr_name}.",
+        [model.eoc_token_id, model.media_token_id],
+    )
+    # The reference does not train an output table of its own: those rows stay.
+    blocks = {name: wanted[name] for name in wanted if name == "new_output_embeddings"}
+    tables = {
+        table.weight.data_ptr(): (name, table.weight)
+        for name, table in token_tables(lm).items()
+    }
+    for name, tensor in saved.items():
+        block = name.removeprefix(layers).replace(".gated_cross_attn_layer.", ".")
+        block = f"lang_encoder.gated_cross_attn_layers.{block}"
+        if name in wanted or block in wanted:
+            blocks[name if name in wanted else block] = tensor
+        elif name not in state or tensor.shape != state[name].shape:
+            raise ValueError(f"{path} is of another model: {name} does not fit")
+        elif state[name].data_ptr() in tables:
+            known_as, table = tables[state[name].data_ptr()]
+            blocks[known_as] = tensor[rows]
+            old = [i for i in range(len(table)) if i not in rows]
+            _check_frozen(path, name, tensor[old], table[old])
+        else:
+            _check_frozen(path, name, tensor, state[name])
+    return blocks
+
+
+def _check_frozen(path, name, theirs, ours):
+    """Raise ValueError unless two frozen tensors agree, to half precision."""
+    if not torch.allclose(theirs.float(), ours.float(), atol=1e-2, rtol=1e-2):
+        raise ValueError(f"{path} was trained with another backbone: see {name}")
+
+
+def load_flamingo(folder_or_name="tiny", **kwargs):
+    """Build a model and load what was trained.
 
     Args:
-        folder_or_name: a folder from `save_flamingo`, or "tiny" for the embedded one.
+        folder_or_name: a folder from `save_flamingo`; "tiny" for the embedded one; or
+            a `.pt` file in OpenFlamingo's format, which does not say what it is of:
+            name its size or backbones with `kwargs`.
+        **kwargs: for `build_flamingo`, over what the folder says.
 
     Returns:
         Flamingo in eval mode, image processor, tokenizer.
 
     Raises:
-        OSError: no such folder, or its weights file cannot be read.
-        ValueError: the weights are of another size or of another model.
+        OSError: no such folder or file, or it cannot be read.
+        ValueError: the weights are of another size, or need another backbone.
     """
-    tiny = DATA / "tiny_flamingo"
-    folder = tiny if folder_or_name == "tiny" else Path(folder_or_name)
-    weights = folder / "flamingo.safetensors"
-    if not weights.is_file() or not (folder / "config.json").is_file():
-        raise OSError(f"no flamingo.safetensors and config.json in {folder}")
+    path = Path(folder_or_name)
+    path = DATA / "tiny_flamingo" if folder_or_name == "tiny" else path
+    is_file = path.is_file() or path.suffix == ".pt"
+    config, saved = ({}, None) if is_file else _read_folder(path)
+    needed = config.pop("backbones", {})
+    named = "size" in config or "lang_encoder_path" not in {**config, **kwargs}
+    build = build_flamingo if named else create_model_and_transforms
     try:
-        config = json.loads((folder / "config.json").read_text())
-        saved = load_file(weights)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
-    except SafetensorError as error:
-        raise OSError(f"{weights} is no safetensors file: {error}") from error
-    model, image_processor, tokenizer = build_flamingo(**config)
-    problems = list(_misfits(saved, trained_tensors(model)))
+        built = build(**{**config, **kwargs})
+        model = built[0]
+        _check_backbones(needed, model.config["backbones"], path)
+        saved = _read_openflamingo(path, model) if is_file else saved
+        problems = list(_misfits(saved, trained_tensors(model)))
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a strange config makes almost anything raise
+        raise ValueError(f"cannot build what {path} asks for: {error!r}") from error
     if problems:
         shown = "\n  ".join(problems[:5])
-        raise ValueError(f"{weights} does not fit size {config['size']!r}:\n  {shown}")
-    embedding = model.lang_encoder.get_input_embeddings().weight
+        raise ValueError(f"{path} does not fit this model:\n  {shown}")
     rows = [model.eoc_token_id, model.media_token_id]
-    embedding.data[rows] = saved.pop("new_embeddings").to(embedding.dtype)
+    for name, table in token_tables(model.lang_encoder).items():
+        table.weight.data[rows] = saved.pop(name).to(table.weight.dtype)
     model.load_state_dict(saved, strict=False)
-    return model, image_processor, tokenizer
+    return built

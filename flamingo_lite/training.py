@@ -3,15 +3,21 @@
 """Training: from cached features, resumable, with a report against controls."""
 
 import math
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from flamingo_lite.checkpoints import (
+    learning_parameters,
+    load_checkpoint,
+    run_settings,
+    save_checkpoint,
+)
 from flamingo_lite.data import collate
 from flamingo_lite.loss import IGNORE, shifted_cross_entropy
+from flamingo_lite.model import token_tables
 
 
 def parameter_groups(model, lr, gate_factor=30.0):
@@ -27,14 +33,14 @@ def parameter_groups(model, lr, gate_factor=30.0):
         gate_factor: how many times faster the gates learn.
     """
     gates, matrices, others = [], [], []
-    embedding = model.lang_encoder.get_input_embeddings().weight
+    tables = [table.weight for table in token_tables(model.lang_encoder).values()]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name.endswith("_gate"):
             gates.append(parameter)
         elif parameter.ndim == 2 and name.endswith(".weight") and (
-            parameter is not embedding
+            all(parameter is not table for table in tables)
         ):
             matrices.append(parameter)
         else:
@@ -120,37 +126,58 @@ def batch_for_step(n_pictures, batch_size, step, seed):
     return order[number * batch_size : (number + 1) * batch_size].tolist()
 
 
-def save_checkpoint(path, model, optimizers, **progress):
-    """Write what is trained and where we are, whole or not at all."""
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    trained = {name: t for name, t in model.state_dict().items() if name in names}
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    state = {"trained": trained, "optimizers": states, **progress}
-    temporary = Path(path).with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+def make_batch(rows, features, texts, tokenizer, device):
+    """Some pictures and their captions, as the model takes them: dict on `device`.
+
+    Args:
+        rows: picture numbers, B of them.
+        features: (pictures, F, v, d_img).
+        texts: a caption for each picture.
+    """
+    batch = collate([(features[i][None], [texts[i]]) for i in rows], tokenizer)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def load_checkpoint(path, model, optimizers):
-    """Go on from a checkpoint: (steps done, history).
+def training_step(model, batch, optimizers, rate):
+    """Move everything that is not frozen once, at a share `rate` of the peak rates.
+
+    Returns:
+        the loss before the step, a number.
+    """
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["lr"] = group["peak"] * rate
+    loss = model(None, **batch).loss
+    model.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(learning_parameters(model).values(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.item()
+
+
+def _start(checkpoint, model, optimizers, settings):
+    """Where to begin, (steps done, history): at nothing, or at a checkpoint.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another model.
+        OSError, ValueError: see `load_checkpoint`; or there is no folder to write to.
     """
-    try:
-        state = torch.load(path, weights_only=True)
-        unexpected = model.load_state_dict(
-            state["trained"], strict=False
-        ).unexpected_keys
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    except Exception as error:
-        raise ValueError(
-            f"cannot go on from {path}; delete it to start anew: {error}"
-        ) from error
-    if unexpected:
-        raise ValueError(f"{path} is of another model: it has {unexpected[:3]}")
-    return state["step"], state["history"]
+    if checkpoint is None:
+        return 0, []
+    folder = Path(checkpoint).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} to write checkpoints to")
+    if not Path(checkpoint).exists():
+        return 0, []
+    return load_checkpoint(checkpoint, model, optimizers, settings)
+
+
+def _progress_line(recent, n_steps, pace, batch_size):
+    """One line about a run, from its last notes and its steps per second."""
+    done, loss = recent[-1]["step"], sum(note["loss"] for note in recent) / len(recent)
+    return (
+        f"step {done:5d} of {n_steps}  loss {loss:.3f}  "
+        f"{pace * batch_size:.0f} pictures/s  {(n_steps - done) / pace:.0f} s left"
+    )
 
 
 def train(
@@ -177,7 +204,7 @@ def train(
         n_steps: optimizer steps of `batch_size` pictures.
         lr, gate_factor, with_muon: see `make_optimizers`.
         seed: of the order of the pictures.
-        checkpoint: a file; if it is there, training goes on from it.
+        checkpoint: a file; if it is there, training goes on from it, to the same end.
         report_every: steps between two lines, and between two checkpoints.
         report: called with each line.
 
@@ -186,45 +213,35 @@ def train(
 
     Raises:
         ValueError: not as many texts as pictures, or a checkpoint that does not fit.
+        OSError: a checkpoint cannot be written or read; the last good one is left.
     """
     if len(features) != len(texts):
         raise ValueError(f"{len(features)} pictures, but {len(texts)} texts")
+    settings = run_settings(
+        features, texts, n_steps, batch_size, lr, gate_factor, with_muon, seed
+    )
     device = next(model.parameters()).device
-    optimizers = make_optimizers(model, lr, gate_factor, with_muon)
+    optimizers = make_optimizers(
+        model, settings["lr"], settings["gate_factor"], with_muon
+    )
     gates = [p for name, p in model.named_parameters() if name.endswith("_gate")]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    first, history = 0, []
-    if checkpoint is not None and Path(checkpoint).exists():
-        first, history = load_checkpoint(checkpoint, model, optimizers)
+    first, history = _start(checkpoint, model, optimizers, settings)
     model.train()
     started = time.perf_counter()
     for step in range(first, n_steps):
         rows = batch_for_step(len(features), batch_size, step, seed)
-        batch = collate([(features[i][None], [texts[i]]) for i in rows], tokenizer)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = group["peak"] * schedule(step, n_steps)
-        loss = model(None, **batch).loss
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        batch = make_batch(rows, features, texts, tokenizer, device)
+        loss = training_step(model, batch, optimizers, schedule(step, n_steps))
         opened = [round(gate.tanh().item(), 4) for gate in gates]
-        history.append({"step": step + 1, "loss": loss.item(), "gates": opened})
         done = step + 1
+        history.append({"step": done, "loss": loss, "gates": opened})
         if done % report_every == 0 or done == n_steps:
-            recent = [entry["loss"] for entry in history[-report_every:]]
             pace = (done - first) / (time.perf_counter() - started)
-            report(
-                f"step {done:5d} of {n_steps}  loss {sum(recent) / len(recent):.3f}  "
-                f"{pace * batch_size:.0f} pictures/s  "
-                f"{(n_steps - done) / pace:.0f} s left"
-            )
+            recent = history[-report_every:]
+            report(_progress_line(recent, n_steps, pace, batch_size))
             if checkpoint is not None:
-                save_checkpoint(
-                    checkpoint, model, optimizers, step=done, history=history
-                )
+                state = {"step": done, "history": history, "settings": settings}
+                save_checkpoint(checkpoint, model, optimizers, **state)
     model.eval()
     return history
 
@@ -235,38 +252,12 @@ def caption_losses(model, tokenizer, features, texts, batch_size=100):
     losses, device = [], next(model.parameters()).device
     for start in range(0, len(texts), batch_size):
         rows = range(start, min(start + batch_size, len(texts)))
-        batch = collate([(features[i][None], [texts[i]]) for i in rows], tokenizer)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = make_batch(rows, features, texts, tokenizer, device)
         labels = batch.pop("labels")  # (B, T_txt)
         logits = model(None, **batch).logits  # (B, T_txt, vocab)
         per_token = shifted_cross_entropy(logits, labels, reduction="none")
         losses.append(per_token.sum(dim=1) / (labels[:, 1:] != IGNORE).sum(dim=1))
     return torch.cat(losses).cpu()
-
-
-@torch.no_grad()
-def caption_features(model, tokenizer, features, batch_size=100, max_new_tokens=24):
-    """Write a caption for each picture, greedily: list of strings.
-
-    Args: as for `train`; a caption that does not end is cut at `max_new_tokens`.
-    """
-    device = next(model.parameters()).device
-    prompt = tokenizer("<image>", return_tensors="pt").input_ids  # (1, T_txt)
-    captions = []
-    for start in range(0, len(features), batch_size):
-        some = features[start : start + batch_size, None]  # (B, 1, F, v, d_img)
-        lang_x = prompt.to(device).expand(len(some), -1)  # (B, T_txt)
-        ids = model.generate(
-            None,
-            lang_x,
-            attention_mask=torch.ones_like(lang_x),
-            vision_features=some.float().to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
-        new = ids[:, lang_x.shape[1] :]  # (B, new)
-        captions += tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [caption.strip() for caption in captions]
 
 
 def score_captions(captions, scenes):
@@ -281,9 +272,9 @@ def score_captions(captions, scenes):
         the share of its things that the caption names.
     """
     exact, named = [], []
-    for caption, scene in zip(captions, scenes, strict=True):
-        words = f" {caption} "
-        exact.append(float(caption == scene["text"]))
+    for text, scene in zip(captions, scenes, strict=True):
+        words = f" {text} "
+        exact.append(float(text == scene["text"]))
         found = [f" {thing} " in words for thing in scene["things"]]
         named.append(sum(found) / len(found))
     return {"exact": exact, "things": named}

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
@@ -147,3 +148,10 @@ def random_pixels(B, T_img, F=1, seed=0):
     """(B, T_img, F, 3, 32, 32) pixels."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(B, T_img, F, 3, 32, 32, generator=generator)
+
+
+def make_picture(colour, size=(40, 30)):
+    """A PIL picture: a square of one colour on white."""
+    picture = Image.new("RGB", size, "white")
+    picture.paste(colour, (5, 5, 25, 25))
+    return picture

@@ -14,6 +14,7 @@ from conftest import (
     opt_config,
     random_features,
     random_pixels,
+    save_clip,
     save_language_model,
     tokenize,
 )
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -63,7 +65,7 @@ def assert_clean(model):
     """Nothing of an earlier call is left in the layers."""
     for layer in model.lang_encoder._get_decoder_layers():
         assert layer.vis_x is None and layer.media_locations is None
-        assert not layer.use_cached_media
+        assert not layer.use_cached_media and layer.keys_values is None
     assert not model.lang_encoder._use_cached_vision_x
 
 
@@ -562,6 +564,85 @@ def test_a_prompt_in_chunks_is_a_prompt_at_once(small):
     assert torch.equal(out, full_recompute(model, features, ids, mask, 6))
 
 
+@pytest.mark.parametrize("emits", [False, True])
+def test_steps_by_hand_count_images_row_by_row(small, emits):
+    """`forward` with the language model's cache, a few tokens a call, any of which may
+    be an image in one row and not in the other; pictures cached, or given each time."""
+    model, _, tokenizer = small
+    ids, _ = tokenize(tokenizer, ["<image>a lemon and a", "look<image>a tent"])
+    more = ids.flip(1).clone()
+    more[more == model.media_token_id] = 5
+    if emits:
+        more[0, 2] = model.media_token_id
+    text, features = torch.cat((ids, more), dim=1), random_features(2, 2)
+    with torch.no_grad():
+        wanted = model(None, text, vision_features=features).logits
+        for cached in (True, False):
+            pictures = {} if cached else {"vision_features": features}
+            if cached:
+                model.cache_media(text[:, :3], None, vision_features=features)
+            past, logits = DynamicCache(), []
+            for piece in (text[:, :3], *text[:, 3:].split(2, dim=1)):
+                out = model(
+                    None,
+                    piece,
+                    past_key_values=past,
+                    use_cache=True,
+                    clear_conditioned_layers=False,
+                    **pictures,
+                )
+                logits.append(out.logits)
+            model.uncache_media()
+            assert_close(torch.cat(logits, dim=1), wanted, rtol=1e-4, atol=1e-4)
+    assert_clean(model)
+
+
+def test_a_cache_whose_text_was_forgotten_is_an_error(small):
+    """Not a silent answer about the wrong picture."""
+    model, _, tokenizer = small
+    ids, _ = tokenize(tokenizer, ["<image>a lemon"])
+    features, past = random_features(1, 1), DynamicCache()
+    settings = {"vision_features": features, "past_key_values": past, "use_cache": True}
+    model(None, ids, **settings)
+    with pytest.raises(ValueError, match="clear_conditioned_layers=False"):
+        model(None, ids[:, -1:], **settings)
+    assert_clean(model)
+
+
+def test_keys_and_values_of_the_pictures_are_made_once(small):
+    """Once per layer and generation, whatever is written, and equal to making them at
+    each token."""
+    model, _, tokenizer = small
+    ids, mask = tokenize(tokenizer, PROMPTS["ends in text"])
+    blocks = [b for b in model.lang_encoder.gated_cross_attn_layers if b is not None]
+    calls, asked = [], {"max_new_tokens": 6, "do_sample": False}
+    asked |= {"attention_mask": mask, "vision_features": random_features(2, 2)}
+    asked |= {"min_new_tokens": 6}
+    hooks = [
+        b.attn.to_kv.register_forward_hook(lambda *_: calls.append(1)) for b in blocks
+    ]
+    kept = model.generate(None, ids, **asked)
+    assert len(calls) == len(blocks)
+    calls.clear()
+    made_anew = model.generate(None, ids, keep_keys_values=False, **asked)
+    assert len(calls) == 6 * len(blocks)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(kept, made_anew)
+
+
+def test_generate_refuses_while_pictures_are_cached(small):
+    """And what was cached is still there afterwards."""
+    model, _, tokenizer = small
+    ids, mask = tokenize(tokenizer, TEXTS)
+    model.cache_media(ids, random_pixels(2, 2))
+    with pytest.raises(ValueError, match="uncache_media"):
+        model.generate(random_pixels(2, 2), ids, mask)
+    assert model.lang_encoder.is_conditioned()
+    model.uncache_media()
+    assert_clean(model)
+
+
 def test_generate_stops_and_stays_quiet_by_default(small):
     """It ends at `<|endofchunk|>`, pads after it, and never says `<image>`."""
     model, _, tokenizer = small
@@ -704,14 +785,45 @@ def test_a_broken_config_is_named(saved):
         load_flamingo(folder)
 
 
-def test_another_language_model_is_refused(saved, tmp_path):
-    """Weights for a width of 32 on a language model of width 48."""
+@pytest.mark.parametrize("change", [{"hidden_size": 48, "word_embed_proj_dim": 48}, {}])
+def test_another_language_model_is_refused(saved, tmp_path, change):
+    """One of another width, and one of the same size with other weights."""
     _, _, folder = saved
-    other = opt_config(hidden_size=48, word_embed_proj_dim=48)
-    config = json.loads((folder / "config.json").read_text())
-    config["lang_encoder_path"] = save_language_model(tmp_path / "wide", other)
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="does not fit"):
+    other = save_language_model(tmp_path / "other", opt_config(**change), seed=1)
+    with pytest.raises(ValueError, match="with the lang_encoder 'opt' .* is 'other'"):
+        load_flamingo(folder, lang_encoder_path=other)
+    load_flamingo(folder)
+
+
+def test_another_vision_encoder_is_refused(saved, tmp_path):
+    _, _, folder = saved
+    other = save_clip(tmp_path / "eyes", seed=1)
+    with pytest.raises(ValueError, match="with the vision_encoder 'clip' .* is 'eyes'"):
+        load_flamingo(folder, clip_vision_encoder_path=other)
+
+
+def test_a_model_without_a_size_is_saved_too(make_model, backbones, tmp_path):
+    """From `create_model_and_transforms`: the config names backbones and sizes."""
+    model, _, tokenizer = make_model(gates=1.0)
+    save_flamingo(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["lang_encoder_path"] == backbones["opt"]
+    assert config["perceiver_kwargs"] == SMALL["perceiver_kwargs"]
+    assert config["backbones"]["vision_encoder"]["name"] == "clip"
+    loaded, _, _ = load_flamingo(tmp_path)
+    ids, mask = tokenize(tokenizer, TEXTS)
+    pixels = random_pixels(2, 2)
+    with torch.no_grad():
+        assert torch.equal(
+            loaded(pixels, ids, mask).logits, model(pixels, ids, mask).logits
+        )
+
+
+@pytest.mark.parametrize("text", ["[]", '{"size": "tiny", "colour": "pink"}'])
+def test_a_config_of_something_else_is_named(saved, text):
+    _, _, folder = saved
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="saved"):
         load_flamingo(folder)
 
 

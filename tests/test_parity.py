@@ -1,13 +1,17 @@
 """Equal to OpenFlamingo 2.0.1 with the same weights: each piece, then the model."""
 
+import os
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from conftest import D_IMG, open_gates, random_pixels, tokenize
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import flamingo_lite as ours
-from flamingo_lite import load_vision_encoder, make_labels
+from flamingo_lite import load_flamingo, load_vision_encoder, make_labels
 
 WHY = (
     "open-flamingo is not here: pip install --no-deps -r tests/requirements-parity.txt"
@@ -15,6 +19,8 @@ WHY = (
 theirs = pytest.importorskip("open_flamingo.src.helpers", reason=WHY)
 their_model = pytest.importorskip("open_flamingo.src.flamingo", reason=WHY)
 their_layers = pytest.importorskip("open_flamingo.src.flamingo_lm", reason=WHY)
+sys.modules.setdefault("wandb", ModuleType("wandb"))  # the next line imports it
+their_training = pytest.importorskip("open_flamingo.train.train_utils", reason=WHY)
 their_utils = pytest.importorskip("open_flamingo.src.utils", reason=WHY)
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -242,3 +248,124 @@ def test_greedy_generation(models):
     }
     result = mine.generate(pixels, ids, **settings)
     assert torch.equal(result, reference.generate(pixels, ids, **settings))
+
+
+def test_beam_search(models):
+    """Beams of one row, no padding; the reference cannot return several of them."""
+    mine, reference, tokenizer = models
+    pixels = random_pixels(1, 1)
+    ids, attention_mask = tokenize(tokenizer, ["<image> a"])
+    settings = {
+        "attention_mask": attention_mask,
+        "max_new_tokens": 6,
+        "num_beams": 3,
+        "do_sample": False,
+        "eos_token_id": mine.eoc_token_id,
+        "suppress_tokens": [mine.media_token_id],
+    }
+    result = mine.generate(pixels, ids, **settings)
+    assert torch.equal(result, reference.generate(pixels, ids, **settings))
+
+
+def test_cached_media_and_one_token_at_a_time(models):
+    """`cache_media`, the prompt with the language model's cache, then single tokens."""
+    mine, reference, tokenizer = models
+    pixels = random_pixels(2, 2)
+    ids, mask = tokenize(tokenizer, ["<image> a <image>", "<image> a b"])
+    answer, _ = tokenize(tokenizer, ["a lemon", "a tent"])
+    logits = []
+    for model in (mine, reference):
+        with torch.no_grad():
+            model.cache_media(ids, pixels)
+            past, so_far, steps = DynamicCache(), mask, []
+            for piece in (ids, *answer.split(1, dim=1)):
+                if piece is not ids:
+                    so_far = torch.cat((so_far, so_far.new_ones(2, 1)), dim=1)
+                out = model(
+                    None,
+                    piece,
+                    so_far,
+                    clear_conditioned_layers=False,
+                    past_key_values=past,
+                    use_cache=True,
+                )
+                steps.append(out.logits)
+        model.uncache_media()
+        logits.append(torch.cat(steps, dim=1))
+    real = torch.cat((mask, torch.ones_like(answer)), dim=1).bool()
+    assert_close(logits[0][real], logits[1][real], **TOLERANCE)
+
+
+@pytest.fixture
+def released(models, tmp_path, capsys):
+    """A checkpoint as OpenFlamingo's own training script writes it."""
+    _, reference, _ = models
+    trained = their_training.filter_state_dict_to_trainable(
+        reference, reference.state_dict()
+    )
+    torch.save(trained, tmp_path / "checkpoint.pt")
+    return tmp_path / "checkpoint.pt"
+
+
+def load_released(path, backbones, model):
+    blocks = model.lang_encoder.gated_cross_attn_layers
+    return load_flamingo(
+        path,
+        clip_vision_encoder_path=backbones["clip"],
+        clip_vision_encoder_pretrained=None,
+        lang_encoder_path=backbones["opt"],
+        tokenizer_path=backbones["opt"],
+        cross_attn_every_n_layers=1 if blocks[0] else 2,
+    )
+
+
+def test_a_released_checkpoint(models, released, backbones):
+    mine, reference, tokenizer = models
+    loaded, _, _ = load_released(released, backbones, mine)
+    pixels, batch = random_pixels(2, 2), model_batch(mine, tokenizer)
+    with torch.no_grad():
+        result, wanted = loaded(pixels, **batch), reference(pixels, **batch)
+    assert_close(result.logits, wanted.logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("perceiver.latents"), "missing: perceiver.latents"),
+        (lambda s: s.update(stranger=torch.zeros(1)), "stranger does not fit"),
+        (
+            lambda s: s["lang_encoder.model.decoder.embed_tokens.weight"].add_(1.0),
+            "another backbone",
+        ),
+    ],
+)
+def test_another_checkpoint_is_refused(models, released, backbones, change, message):
+    mine, _, _ = models
+    state = torch.load(released, weights_only=True)
+    change(state)
+    torch.save(state, released)
+    with pytest.raises(ValueError, match=message):
+        load_released(released, backbones, mine)
+
+
+class Bomb:
+    """A pickle of this runs code when it is loaded."""
+
+    def __reduce__(self):
+        return (exec, ("import os; os.environ['FLAMINGO_BOMB'] = 'went off'",))
+
+
+@pytest.mark.parametrize("damage", ["pickled code", "cut short", "empty", "no dict"])
+def test_a_damaged_checkpoint_runs_no_code(models, released, backbones, damage):
+    mine, _, _ = models
+    os.environ.pop("FLAMINGO_BOMB", None)
+    if damage == "pickled code":
+        torch.save({"perceiver.latents": Bomb()}, released)
+    elif damage == "no dict":
+        torch.save([torch.zeros(2)], released)
+    else:
+        whole = released.read_bytes()
+        released.write_bytes(whole[: len(whole) // 2] if "cut" in damage else b"")
+    with pytest.raises(OSError, match="checkpoint.pt"):
+        load_released(released, backbones, mine)
+    assert "FLAMINGO_BOMB" not in os.environ

@@ -1,17 +1,21 @@
 """Training: resumes to the same numbers, bit for bit; batches, losses and intervals."""
 
+import errno
+import os
+import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_features
+from conftest import SMALL, random_features
 
 from flamingo_lite import (
     batch_for_step,
     bootstrap_interval,
-    caption_features,
     caption_losses,
+    checkpoints,
     collate,
     schedule,
     train,
@@ -66,7 +70,8 @@ def test_resumed_is_undisturbed(make_model, tmp_path):
     wanted = straight.state_dict()
     for name, tensor in resumed.state_dict().items():
         assert torch.equal(tensor, wanted[name]), name
-    assert list(tmp_path.iterdir()) == [checkpoint], "something was left behind"
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["last.pt", "last.pt.previous"], "something was left behind"
 
 
 def test_a_finished_run_is_not_trained_again(make_model, tmp_path):
@@ -95,32 +100,281 @@ def test_unequal_lengths_are_refused(make_model):
         train(model, tokenizer, FEATURES, TEXTS[:-1], n_steps=1)
 
 
-def test_a_damaged_checkpoint_is_an_error(make_model, tmp_path):
-    """Cut short, it is not taken for a new start."""
-    checkpoint = tmp_path / "last.pt"
-    run(make_model, checkpoint=checkpoint, n_steps=5)
-    whole = checkpoint.read_bytes()
-    checkpoint.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises((RuntimeError, OSError, ValueError)):
-        run(make_model, checkpoint=checkpoint)
+# -------------------------------------------------------- checkpoints that do not fit
 
 
-def test_a_write_that_fails_leaves_the_last_checkpoint(
+@pytest.fixture(scope="module")
+def straight(make_model):
+    """An undisturbed run: (what was trained, history)."""
+    model, history = run(make_model)
+    return trained_tensors(model), history
+
+
+@pytest.fixture(scope="module")
+def stopped(make_model, tmp_path_factory):
+    """The folder of a run that was stopped at step 15, before its third checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model, stop_at(15), checkpoint=folder / "last.pt")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(stopped, tmp_path):
+    """A copy of its checkpoint, and beside it of the one before."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "last.pt"
+
+
+def check_goes_on(make_model, checkpoint, straight):
+    """From this checkpoint a new model comes to the same end as a straight run."""
+    model, history = run(make_model, checkpoint=checkpoint)
+    assert history == straight[1]
+    for name, tensor in trained_tensors(model).items():
+        assert torch.equal(tensor, straight[0][name]), name
+
+
+def go_on(make_model, checkpoint, **kwargs):
+    """Try to go on from a checkpoint that does not fit: ValueError, nothing changed.
+
+    Returns:
+        what the error says.
+    """
+    features, texts = kwargs.pop("features", FEATURES), kwargs.pop("texts", TEXTS)
+    settings = {**SETTINGS, **kwargs.pop("settings", {})}
+    model, _, tokenizer = make_model(**kwargs)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(7)  # not what the checkpoint holds
+    on_disk, random_state = checkpoint.read_bytes(), torch.get_rng_state()
+    with pytest.raises(ValueError) as caught:
+        train(model, tokenizer, features, texts, **settings, checkpoint=checkpoint)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert checkpoint.read_bytes() == on_disk
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert str(checkpoint) in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_random_states_go_on(make_model, checkpoint):
+    """What torch draws after a resumed run is what it draws after a straight one."""
+    saved = torch.load(checkpoint, weights_only=True)["random"]["cpu"]
+    wanted = torch.rand(3, generator=torch.Generator().set_state(saved))
+    model, _, tokenizer = make_model()
+    torch.manual_seed(7)  # what a new process happens to have
+    assert not torch.equal(torch.rand(3), wanted)
+    settings = {**SETTINGS, "checkpoint": checkpoint, "report": silent}
+    train(model, tokenizer, FEATURES, TEXTS, **settings)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_checkpoint_cut_short_is_an_error(make_model, checkpoint, straight, share):
+    """It is not taken for a new start, and the one before it is there to go on from."""
+    previous = checkpoint.with_name("last.pt.previous")
+    os.truncate(checkpoint, int(share * checkpoint.stat().st_size))
+    message = go_on(make_model, checkpoint)
+    assert "cut short" in message and f"rename {previous}" in message
+    os.replace(previous, checkpoint)
+    assert torch.load(checkpoint, weights_only=True)["step"] == 5
+    check_goes_on(make_model, checkpoint, straight)
+
+
+def test_a_cut_first_checkpoint_has_none_before_it(make_model, checkpoint):
+    checkpoint.with_name("last.pt.previous").unlink()
+    os.truncate(checkpoint, 1000)
+    assert "delete it to start anew" in go_on(make_model, checkpoint)
+
+
+def test_a_wrong_bit_is_an_error(make_model, checkpoint):
+    """In the middle of the weights, where torch.load would not notice."""
+    damaged = bytearray(checkpoint.read_bytes())
+    weights = torch.load(checkpoint, weights_only=True)["trained"]
+    largest = max(weights.values(), key=torch.numel).numpy().tobytes()
+    place = damaged.index(largest) + len(largest) // 2
+    damaged[place] ^= 1
+    checkpoint.write_bytes(damaged)
+    torch.load(checkpoint, weights_only=True)  # does not notice
+    assert "damaged" in go_on(make_model, checkpoint)
+
+
+class RunsCode:
+    """Pickled, it makes a file when it is read back."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_code_in_a_checkpoint_is_not_run(make_model, checkpoint, tmp_path, form):
+    made = tmp_path / "made"
+    state = torch.load(checkpoint, weights_only=True) | {"history": RunsCode(made)}
+    if form == "torch":
+        torch.save(state, checkpoint)
+    else:
+        checkpoint.write_bytes(pickle.dumps(state["history"]))
+    go_on(make_model, checkpoint)
+    assert not made.exists()
+    if form == "torch":  # it is no dud
+        torch.load(checkpoint, weights_only=False)
+    else:
+        pickle.loads(checkpoint.read_bytes())
+    assert made.exists()
+
+
+OTHERS = {
+    "n_steps is 20 there, 10 here": {"settings": {"n_steps": 10}},
+    "n_steps is 20 there, 40 here": {"settings": {"n_steps": 40}},
+    "batch_size is 2 there, 3 here": {"settings": {"batch_size": 3}},
+    "seed is 3 there, 4 here": {"settings": {"seed": 4}},
+    "lr is 0.001 there, 0.002 here": {"settings": {"lr": 2e-3}},
+    "gate_factor is 30.0 there, 1.0 here": {"settings": {"gate_factor": 1.0}},
+    "with_muon is True there, False here": {"settings": {"with_muon": False}},
+    "pictures is [5, 1, 16, 32] there, [4, 1, 16, 32] here": {
+        "features": FEATURES[:-1],
+        "texts": TEXTS[:-1],
+    },
+    "checksum of the captions": {"texts": [*TEXTS[:-1], "a bee"]},
+    "perceiver.latents is ((4, 32), torch.float32) there, ((6, 32), torch.float32)": {
+        "perceiver_kwargs": {**SMALL["perceiver_kwargs"], "num_latents": 6}
+    },
+    "perceiver.layers.1.0.to_q.weight is ((32, 32), torch.float32) there, not here": {
+        "perceiver_kwargs": {**SMALL["perceiver_kwargs"], "depth": 1}
+    },
+    "perceiver.layers.2.0.to_q.weight is missing there": {
+        "perceiver_kwargs": {**SMALL["perceiver_kwargs"], "depth": 3}
+    },
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_a_checkpoint_of_another_run_is_an_error(make_model, checkpoint, message):
+    """The error names what differs."""
+    assert message in go_on(make_model, checkpoint, **OTHERS[message])
+
+
+SPOILT = {
+    "a weight missing": lambda state: state["trained"].pop("perceiver.latents"),
+    "an optimizer missing": lambda state: state["optimizers"].pop(),
+    "the optimizers exchanged": lambda state: state["optimizers"].reverse(),
+    "no random states": lambda state: state.pop("random"),
+    "no random bytes": lambda state: state["random"].update(cpu=torch.zeros(3)),
+    "no settings": lambda state: state.pop("settings"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_checkpoint_with_something_wrong_changes_nothing(make_model, checkpoint, how):
+    state = torch.load(checkpoint, weights_only=True)
+    SPOILT[how](state)
+    torch.save(state, checkpoint)
+    go_on(make_model, checkpoint)
+
+
+def test_another_file_is_no_checkpoint(make_model, checkpoint):
+    for other in ([1, 2], {"weights": torch.ones(2)}, torch.ones(2)):
+        torch.save(other, checkpoint)
+        assert "no checkpoint of `train`" in go_on(make_model, checkpoint)
+
+
+def test_a_folder_that_is_not_there_is_an_error_at_once(make_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        run(make_model, stop_at(5), checkpoint=tmp_path / "nowhere" / "last.pt")
+
+
+def test_numbers_of_numpy_can_be_read_back(make_model, tmp_path, straight):
+    """A checkpoint that holds one would be refused by `weights_only`."""
+    settings = {
+        "n_steps": np.int64(20),
+        "batch_size": np.int32(2),
+        "lr": np.float64(1e-3),
+        "gate_factor": np.float32(30),
+        "with_muon": np.True_,
+        "seed": np.int64(3),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model, stop_at(15), checkpoint=tmp_path / "last.pt", **settings)
+    check_goes_on(make_model, tmp_path / "last.pt", straight)
+
+
+# ------------------------------------------------------------------------ a full disk
+
+
+class FullDisk:
+    """A file that has room for half of what is written to it."""
+
+    def __init__(self, path, mode):
+        self.file = open(path, mode)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, contents):
+        self.file.write(contents[: len(contents) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def symbolic_link(checkpoint, monkeypatch):
+    """Linux's own full disk, under the temporary file's name."""
+    (checkpoint.parent / "last.pt.tmp").symlink_to("/dev/full")
+
+
+def half_a_write(checkpoint, monkeypatch):
+    monkeypatch.setattr(checkpoints, "open", FullDisk, raising=False)
+
+
+def no_sync(checkpoint, monkeypatch):
+    """Some file systems say only then that the disk is full."""
+
+    def fail(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+@pytest.mark.parametrize("full_disk", [symbolic_link, half_a_write, no_sync])
+def test_a_full_disk_leaves_the_last_checkpoint(
+    make_model, checkpoint, straight, monkeypatch, full_disk
+):
+    """It stops the training with a clear error; with room again, training goes on."""
+    folder = checkpoint.parent
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        if full_disk is symbolic_link and not Path("/dev/full").exists():
+            pytest.skip("this system has no /dev/full")
+        full_disk(checkpoint, patch)
+        with pytest.raises(OSError, match="the last good one is still there") as caught:
+            run(make_model, checkpoint=checkpoint)
+    assert caught.value.errno == errno.ENOSPC
+    assert "No space left" in str(caught.value) and str(checkpoint) in str(caught.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    check_goes_on(make_model, checkpoint, straight)
+
+
+def test_a_full_disk_at_the_first_checkpoint(make_model, tmp_path, monkeypatch):
+    """There is no good one yet, and the error does not say that there is."""
+    half_a_write(tmp_path / "last.pt", monkeypatch)
+    with pytest.raises(OSError, match="not written, none was there: No space left"):
+        run(make_model, checkpoint=tmp_path / "last.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_hard_links_a_checkpoint_is_written_all_the_same(
     make_model, tmp_path, monkeypatch
 ):
-    """A full disk stops the writing half way; the checkpoint before it is whole."""
-    checkpoint = tmp_path / "last.pt"
-    run(make_model, checkpoint=checkpoint, n_steps=5)
-    before = checkpoint.read_bytes()
+    def refuse(*paths):
+        raise OSError(errno.EPERM, "Operation not permitted")
 
-    def full_disk(state, path, *args, **kwargs):
-        Path(path).write_bytes(b"half of a")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        run(make_model, checkpoint=checkpoint, n_steps=10)
-    assert checkpoint.read_bytes() == before
+    monkeypatch.setattr(os, "link", refuse)
+    run(make_model, checkpoint=tmp_path / "last.pt")
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 20
+    assert list(tmp_path.iterdir()) == [tmp_path / "last.pt"]
 
 
 # ------------------------------------------------------------------ batches, schedule
@@ -169,14 +423,6 @@ def test_caption_losses_equal_a_loop(small):
             assert model(None, **batch).loss.item() == pytest.approx(
                 loss.item(), abs=1e-4
             )
-
-
-def test_caption_features_equal_a_loop(small):
-    model, _, tokenizer = small
-    captions = caption_features(model, tokenizer, FEATURES, batch_size=3)
-    alone = [caption_features(model, tokenizer, one[None])[0] for one in FEATURES]
-    assert captions == alone
-    assert all(isinstance(text, str) and text == text.strip() for text in captions)
 
 
 def test_bootstrap_interval():

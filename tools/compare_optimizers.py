@@ -19,7 +19,7 @@ import torch
 
 from flamingo_lite import (
     build_flamingo,
-    caption_features,
+    caption,
     encode_pictures,
     load_captions,
     make_scenes,
@@ -63,7 +63,7 @@ def main():
         pace = (time.perf_counter() - started) / args.steps
         losses = torch.tensor([entry["loss"] for entry in history])
         fifths = [f"{part.mean():.2f}" for part in losses.chunk(5)]
-        captions = caption_features(model, tokenizer, unseen)
+        captions = caption(model, image_processor, tokenizer, unseen)
         exact = score_captions(captions, test)["exact"]
         print(f"{name:6s} loss {' '.join(fifths)}  {pace:.2f} s/step", flush=True)
         print(f"{name:6s} named right {sum(exact) / len(exact):.1%}", flush=True)

@@ -19,8 +19,7 @@ sys.path.insert(0, str(ROOT))
 import matplotlib.pyplot as plt
 
 from flamingo_lite import (
-    caption_features,
-    encode_pictures,
+    caption,
     load_captions,
     load_flamingo,
     make_scenes,
@@ -58,18 +57,17 @@ def main():
     rows = [row for row in load_captions(ROOT / "data" / "emoji") if row["named"]]
     scenes = choose(rows, args.seed)
     pictures = [scene["picture"] for scene in scenes]
-    features = encode_pictures(model.vision_encoder, image_processor, pictures)
-    captions = caption_features(model, tokenizer, features)
+    captions = caption(model, image_processor, tokenizer, pictures)
     shuffled = captions[1:] + captions[:1]  # what it says when shown the next picture
 
     fig, axes = plt.subplots(2, len(scenes), figsize=(9.6, 4.2), facecolor="white")
     for row, said in enumerate((captions, shuffled)):
-        for ax, picture, caption, scene in zip(
+        for ax, picture, text, scene in zip(
             axes[row], pictures, said, scenes, strict=True
         ):
             ax.imshow(picture, alpha=1.0 if row == 0 else 0.35)
-            colour = RIGHT if caption == scene["text"] else WRONG
-            ax.set_title(broken(caption), fontsize=7.5, color=colour)
+            colour = RIGHT if text == scene["text"] else WRONG
+            ax.set_title(broken(text), fontsize=7.5, color=colour)
             ax.axis("off")
     for y, text in (
         (0.985, "What the model says of each picture:"),

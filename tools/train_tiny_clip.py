@@ -3,7 +3,13 @@
 
     python tools/train_tiny_clip.py              hours on two cores; resumes where
                                                  it stopped
-    python tools/train_tiny_clip.py --steps 20   a look at it
+    python tools/train_tiny_clip.py --steps 20 --more 0 --out FOLDER    a look at it
+
+Two stages. In the first a batch holds single things and pairs drawn by lot, and to tell
+two captions apart one thing of the two is mostly enough. In the second the pairs come
+in cliques, all ordered pairs of five things, so that only both things and their order
+tell a caption from its neighbours. `--second-stage` starts there, from the weights in
+--out.
 
 It reads data/tiny_clip/open_clip_config.json and writes, beside it,
 `open_clip_model.safetensors` (half precision) and `training.log`. Twemoji and OpenMoji
@@ -17,6 +23,7 @@ import math
 import os
 import sys
 import time
+from itertools import combinations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,10 +33,15 @@ import numpy as np  # noqa: E402
 import open_clip  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, ImageChops, ImageFilter, ImageOps  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tiny_text import a  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from tiny_text import a, kind_of  # noqa: E402
 
-from flamingo_lite.data import draw_scene, is_held_out, load_sprites  # noqa: E402
+from flamingo_lite.data import (  # noqa: E402
+    draw_scene,
+    is_held_out,
+    load_sprites,
+    make_scenes,
+)
 from flamingo_lite.training import Muon  # noqa: E402
 
 UNSEEN = ("twemoji", "openmoji")
@@ -70,6 +82,18 @@ def tilt(rng, drawing):
     return drawing.rotate(float(rng.uniform(-15, 15)), Image.Resampling.BILINEAR)
 
 
+def squeeze(rng, drawing):
+    """Made up to a quarter narrower or lower, one time in two."""
+    if rng.random() < 0.5:
+        return drawing
+    short = int(drawing.width * rng.uniform(0.75, 1.0))
+    size = (short, drawing.height) if rng.random() < 0.5 else (drawing.width, short)
+    place = ((drawing.width - size[0]) // 2, (drawing.height - size[1]) // 2)
+    canvas = Image.new("RGBA", drawing.size, (0, 0, 0, 0))
+    canvas.paste(drawing.resize(size, Image.Resampling.BILINEAR), place)
+    return canvas
+
+
 def recolour(pixels, generator):
     """Change saturation, tint, contrast and brightness of each picture.
 
@@ -105,38 +129,79 @@ class Batches:
         named = {row["thing"] for row in rows if row["named"]}
         weight = np.array([1.0 if thing in named else 0.4 for thing in self.things])
         self.weight = weight / weight.sum()
+        # Things that few studios drew are shown more often in the second stage.
+        few = np.array([2.0 if len(self.sprites[t]) < 4 else 1.0 for t in self.things])
+        self.weight_2 = weight * few / (weight * few).sum()
+        self.kind = np.array([kind_of(thing) for thing in self.things])
         self.seed, self.n_singles, self.n_pairs = seed, n_singles, n_pairs
 
-    def drawing(self, rng, thing):
+    def drawing(self, rng, thing, second):
         studio = rng.choice(list(self.sprites[thing]))
         style = rng.random()
+        drawing = self.sprites[thing][studio]
         if style < 0.2:
-            return tilt(rng, self.outlines[thing][studio][int(style < 0.08)])
-        return tilt(rng, self.sprites[thing][studio])
+            drawing = self.outlines[thing][studio][int(style < 0.08)]
+        return squeeze(rng, tilt(rng, drawing)) if second else tilt(rng, drawing)
 
-    def pick(self, rng, n):
-        return list(rng.choice(self.things, n, replace=False, p=self.weight))
+    def pick(self, rng, n, weight):
+        return list(rng.choice(self.things, n, replace=False, p=weight))
 
-    def __call__(self, step):
+    def pairs(self, rng, n_pairs):
+        """First stage: pairs by lot, each both ways round.
+
+        The same two things the other way round: only where they stand tells them apart.
+        """
+        scenes = []
+        while len(scenes) < n_pairs * 2:
+            pair = self.pick(rng, 2, self.weight)
+            if not is_held_out(*pair):
+                relation = str(rng.choice(RELATIONS))
+                scenes += [(relation, pair), (relation, pair[::-1])]
+        return scenes
+
+    def cliques(self, rng, n_pairs, size=5):
+        """Second stage: all pairs of a few things, half the time of one kind."""
+        scenes = []
+        while len(scenes) < n_pairs * 2:
+            weight = self.weight_2
+            if rng.random() < 0.5:
+                first = rng.choice(len(self.things), p=weight)
+                weight = weight * (self.kind == self.kind[first])
+                if np.count_nonzero(weight) < size:
+                    continue
+            chosen = self.pick(rng, size, weight / weight.sum())
+            for pair in combinations(chosen, 2):
+                if not is_held_out(*pair):
+                    relation = str(rng.choice(RELATIONS))
+                    scenes += [(relation, pair), (relation, pair[::-1])]
+        return scenes[: n_pairs * 2]
+
+    def __call__(self, step, second=False):
         rng = np.random.default_rng((self.seed, step))
-        scenes = [(None, [thing]) for thing in self.pick(rng, self.n_singles)]
-        while len(scenes) < self.n_singles + self.n_pairs:
-            pair = self.pick(rng, 2)
-            if is_held_out(*pair):
-                continue
-            relation = str(rng.choice(RELATIONS))
-            # The same two things the other way round: only where they stand tells
-            # them apart.
-            scenes += [(relation, pair), (relation, pair[::-1])]
+        weight = self.weight_2 if second else self.weight
+        scenes = [(None, [t]) for t in self.pick(rng, self.n_singles[second], weight)]
+        pairs = self.cliques if second else self.pairs
+        scenes += pairs(rng, self.n_pairs[second])
         pictures, captions = [], []
-        for relation, pair in scenes:
-            drawings = [self.drawing(rng, thing) for thing in pair]
+        for relation, things in scenes:
+            drawings = [self.drawing(rng, thing, second) for thing in things]
             background = (255, 255, 255) if rng.random() < 0.3 else None
             pictures.append(np.asarray(draw_scene(rng, drawings, relation, background)))
-            captions.append(f" {relation} ".join(a(thing) for thing in pair))
+            captions.append(f" {relation} ".join(a(thing) for thing in things))
         pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         return recolour(pixels, generator) * 2 - 1, captions
+
+
+@torch.no_grad()
+def embed_pictures(model, pictures):
+    """Pooled embeddings of pictures, (pictures, d)."""
+    pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures]))
+    pooled = [
+        model.visual(some.permute(0, 3, 1, 2) / 127.5 - 1)[0]
+        for some in pixels.split(200)
+    ]
+    return torch.cat(pooled)
 
 
 @torch.no_grad()
@@ -157,9 +222,7 @@ def zero_shot(model, tokenizer, rows, seed=1, per_thing=2):
             draw_scene(rng, [sprites[row["thing"]][studio]], background=(255, 255, 255))
             for row in mine
         ]
-        pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures]))
-        pooled, _ = model.visual(pixels.permute(0, 3, 1, 2) / 127.5 - 1)
-        best = (pooled @ text.T).argmax(dim=-1)
+        best = (embed_pictures(model, pictures) @ text.T).argmax(dim=-1)
         right = [
             things[i] == row["thing"]
             for i, row in zip(best.tolist(), mine, strict=True)
@@ -167,6 +230,23 @@ def zero_shot(model, tokenizer, rows, seed=1, per_thing=2):
         result[studio] = sum(right) / len(right)
     model.train()
     return result
+
+
+@torch.no_grad()
+def retrieval(model, tokenizer, rows, n_pairs=300, seed=6):
+    """Share of held-out pairs whose caption is the nearest of all their captions.
+
+    Trained studios; a guess is right once in `n_pairs`.
+    """
+    model.eval()
+    rows = [row for row in rows if row["named"] and row["trained"]]
+    scenes = make_scenes(rows, n_pairs * 2, seed=seed, pairs=1.0, held_out=True)
+    scenes = list({scene["text"]: scene for scene in scenes}.values())[:n_pairs]
+    captions = tokenizer([scene["text"] for scene in scenes])
+    text = model.encode_text(captions, normalize=True)  # (pairs, d)
+    found = embed_pictures(model, [s["picture"] for s in scenes]) @ text.T
+    model.train()
+    return (found.argmax(dim=-1) == torch.arange(len(scenes))).float().mean().item()
 
 
 def learning_rate(step, steps, peak, warmup=200, decay=0.3):
@@ -206,12 +286,22 @@ def save_checkpoint(path, state):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def rates(step, args):
+    """(Learning rate, is it the second stage?) at a step."""
+    if step < args.steps:
+        return learning_rate(step, args.steps, args.lr), False
+    return learning_rate(step - args.steps, args.more, args.lr, decay=0.5), True
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2400, help="of the first stage")
+    parser.add_argument("--more", type=int, default=1300, help="of the second stage")
+    parser.add_argument("--second-stage", action="store_true", help="start there")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--singles", type=int, default=72)
-    parser.add_argument("--pairs", type=int, default=40)
+    pictures = {"type": int, "nargs": 2, "help": "in a batch of each stage"}
+    parser.add_argument("--singles", default=[72, 40], **pictures)
+    parser.add_argument("--pairs", default=[40, 30], **pictures)
     parser.add_argument(
         "--adam-steps", type=int, default=1000, help="AdamW alone until here"
     )
@@ -236,31 +326,35 @@ def main():
     tokenizer = open_clip.get_tokenizer(f"local-dir:{args.out}")
     rows = read_rows(ROOT / "data" / "emoji")
     batches = Batches(rows, args.seed, args.singles, args.pairs)
-    optimizers = make_optimizers(model, args.lr, with_muon=False)
     clip_loss = open_clip.ClipLoss()
-    first, log = 0, []
+    first, log, state = 0, [], None
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         first, log = state["step"], state["log"]
-        if first != args.adam_steps:
-            optimizers = make_optimizers(
-                model, args.lr, with_muon=first > args.adam_steps
-            )
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(state[name])
         print(f"resumed at step {first}", flush=True)
+    elif args.second_stage:
+        model.load_state_dict(load_file(args.out / "open_clip_model.safetensors"))
+        first = args.steps
+        log = (args.out / "training.log").read_text().splitlines()[1:]
+        log.append("second stage, from the weights above in half precision")
+    optimizers = make_optimizers(model, args.lr, with_muon=first >= args.adam_steps)
+    if state and first not in (args.adam_steps, args.steps):
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state[name])
 
-    seen, started, running = first, time.time(), 0.0
-    for step in range(first, args.steps):
-        if step == args.adam_steps:
-            optimizers = make_optimizers(model, args.lr, with_muon=True)
+    last_step = args.steps + args.more
+    seen, started, running = first, time.time(), []
+    for step in range(first, last_step):
+        if step in (args.adam_steps, args.steps):
+            optimizers = make_optimizers(model, args.lr, step >= args.adam_steps)
+        rate, second = rates(step, args)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr)
+                group["lr"] = rate
         if step >= args.steps * 0.7:  # the last part with whole pictures, as FLIP does
             model.visual.patch_dropout.prob = 0.0
-        pixels, captions = batches(step)
+        pixels, captions = batches(step, second)
         pooled, _ = model.visual(pixels)  # (B, d), and the tokens that Flamingo reads
         image = torch.nn.functional.normalize(pooled, dim=-1)
         text = model.encode_text(tokenizer(captions), normalize=True)
@@ -272,22 +366,23 @@ def main():
             optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        running += loss.item()
+        running.append(loss.item())
         done = step + 1
-        if done % 50 == 0 or done == args.steps:
+        if done % 50 == 0 or done == last_step:
             pace = (time.time() - started) / (done - seen)
-            print(f"step {done} loss {running / 50:.3f} {pace:.2f} s/step", flush=True)
-            last_running, running = running / 50, 0.0
-            if done % 500 == 0 or done == args.steps:
+            mean = sum(running[-50:]) / len(running[-50:])
+            print(f"step {done} loss {mean:.3f} {pace:.2f} s/step", flush=True)
+            if done % 500 == 0 or done in (args.steps, last_step):
                 accuracy = {
                     k: round(v, 3) for k, v in zero_shot(model, tokenizer, rows).items()
                 }
+                found = retrieval(model, tokenizer, rows)
                 log.append(
-                    f"step {done} loss {last_running:.3f} "
-                    f"zero-shot {json.dumps(accuracy)}"
+                    f"step {done} loss {mean:.3f} zero-shot {json.dumps(accuracy)} "
+                    f"held-out pairs retrieved {found:.3f}"
                 )
                 print(log[-1], flush=True)
-            if done % 250 == 0 or done == args.steps:
+            if done % 250 == 0 or done in (args.steps, last_step):
                 state = {name: o.state_dict() for name, o in optimizers.items()}
                 state["model"] = model.state_dict()
                 save_checkpoint(checkpoint, {**state, "step": done, "log": log})
@@ -298,9 +393,8 @@ def main():
     temporary = args.out / "open_clip_model.tmp"
     save_file(half, temporary)
     os.replace(temporary, args.out / "open_clip_model.safetensors")
-    settings = (
-        f"steps {args.steps} lr {args.lr} singles {args.singles} pairs {args.pairs}"
-    )
+    settings = f"steps {args.steps} and {args.more} lr {args.lr} "
+    settings += f"singles {args.singles} pairs {args.pairs}"
     text = "\n".join([f"seed {args.seed} {settings}", *log]) + "\n"
     (args.out / "training.log").write_text(text)
 

@@ -10,6 +10,7 @@ training.log.
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,12 +18,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from train_tiny_clip import outlined  # noqa: E402
 
 from flamingo_lite import (  # noqa: E402
     build_flamingo,
-    caption_features,
+    caption,
     encode_pictures,
     load_captions,
+    load_sprites,
     make_scenes,
     save_flamingo,
     score_captions,
@@ -39,10 +42,46 @@ def shrink(path):
     save_file(tensors, path)
 
 
+def with_outlines(rows, folder, n_studios=2):
+    """Add two outlined versions of each thing by its first studios, as more studios.
+
+    The tiny CLIP was trained with such drawings too; they are written to `folder`.
+    """
+    more, sprites = [], load_sprites(rows)
+    for row in rows:
+        if row["studio"] not in list(sprites[row["thing"]])[:n_studios]:
+            continue
+        for kind, drawing in zip(
+            ("flat", "lines"),
+            outlined(sprites[row["thing"]][row["studio"]]),
+            strict=True,
+        ):
+            studio = f"{row['studio']}-{kind}"
+            path = Path(folder) / f"{row['thing']}-{studio}.png"
+            drawing.save(path)
+            more.append({**row, "studio": studio, "path": path})
+    return rows + more
+
+
+def encode_scenes(model, image_processor, rows, n_scenes, seed, chunk=5000):
+    """Features and texts of scenes, 70 % of them pairs, a few thousand at a time."""
+    features, texts = [], []
+    for start in range(0, n_scenes, chunk):
+        n = min(chunk, n_scenes - start)
+        scenes = make_scenes(rows, n, seed=(seed, start), pairs=0.7)
+        pictures = [scene["picture"] for scene in scenes]
+        features.append(
+            encode_pictures(model.vision_encoder, image_processor, pictures)
+        )
+        texts += [scene["text"] for scene in scenes]
+        print(f"{start + n} pictures encoded", flush=True)
+    return torch.cat(features), texts
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=30_000)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--scenes", type=int, default=60_000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -56,13 +95,17 @@ def main():
     torch.manual_seed(args.seed)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
 
-    rows = [row for row in load_captions(ROOT / "data" / "emoji") if row["named"]]
-    rows = [row for row in rows if row["trained"]]
-    scenes = make_scenes(rows, args.scenes, seed=100 + args.seed)
+    named = [row for row in load_captions(ROOT / "data" / "emoji") if row["named"]]
+    rows = [row for row in named if row["trained"]]
     model, image_processor, tokenizer = build_flamingo("tiny")
-    pictures = [scene["picture"] for scene in scenes]
-    features = encode_pictures(model.vision_encoder, image_processor, pictures)
-    print(f"{len(features)} pictures encoded", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        features, texts = encode_scenes(
+            model,
+            image_processor,
+            with_outlines(rows, folder),
+            args.scenes,
+            seed=100 + args.seed,
+        )
     log = [f"seed {args.seed} scenes {args.scenes} steps {args.steps} lr {args.lr}"]
 
     def report(line):
@@ -73,7 +116,7 @@ def main():
         model,
         tokenizer,
         features,
-        [scene["text"] for scene in scenes],
+        texts,
         n_steps=args.steps,
         batch_size=args.batch_size,
         lr=args.lr,
@@ -82,13 +125,23 @@ def main():
         report_every=200,
         report=report,
     )
-    for name, held_out in (("single things", False), ("held-out pairs", True)):
-        test = make_scenes(rows, 400, seed=5, pairs=float(held_out), held_out=held_out)
-        seen = encode_pictures(
-            model.vision_encoder, image_processor, [scene["picture"] for scene in test]
+    unseen = {
+        studio: [row for row in named if row["studio"] == studio]
+        for studio in ("twemoji", "openmoji")
+    }
+    tests = {
+        "single things": make_scenes(rows, 400, seed=5, pairs=0.0),
+        "Twemoji": make_scenes(unseen["twemoji"], 400, seed=5, pairs=0.0),
+        "OpenMoji": make_scenes(unseen["openmoji"], 400, seed=5, pairs=0.0),
+        "held-out pairs": make_scenes(rows, 400, seed=5, pairs=1.0, held_out=True),
+    }
+    for name, test in tests.items():
+        pictures = [scene["picture"] for scene in test]
+        score = score_captions(
+            caption(model, image_processor, tokenizer, pictures), test
         )
-        score = score_captions(caption_features(model, tokenizer, seen), test)
         log.append(f"{name}: exact {sum(score['exact']) / len(test):.3f}")
+        log[-1] += f", things named {sum(score['things']) / len(test):.3f}"
         print(log[-1], flush=True)
     save_flamingo(model, args.out, dtype=torch.float16)
     shrink(args.out / "flamingo.safetensors")
