@@ -155,7 +155,7 @@ def stream_caption(
     writer = Thread(target=write, daemon=True)
     writer.start()
     try:
-        yield from words
+        yield from (piece for piece in words if piece)
     finally:
         left.set()
         writer.join()

@@ -382,8 +382,9 @@ def full_recompute(model, features, ids, mask, n_tokens, suppress=True, force=No
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_is_a_full_recompute(make_model, prompt, immediate):
     """Left-padded rows with different numbers of images, with all caches on."""
-    sizes = {"heads": 2, "dim_head": 16, "only_attend_immediate_media": immediate}
-    model, _, tokenizer = make_model(gates=1.0, cross_attn_kwargs=sizes)
+    model, _, tokenizer = make_model(gates=1.0, only_attend_immediate_media=immediate)
+    blocks = model.lang_encoder.gated_cross_attn_layers
+    assert {b.attn.only_attend_immediate_media for b in blocks} == {immediate}
     ids, mask = tokenize(tokenizer, PROMPTS[prompt])
     answers = []
     for seed in range(2):
