@@ -11,6 +11,8 @@ Shapes, from pictures to answers:
     logits    (B, T_txt, vocab)           from the language model
 """
 
+import copy
+
 import torch
 from einops import rearrange
 from torch import nn
@@ -163,7 +165,8 @@ class Flamingo(_PictureMemory):
             lang_x: (B, T_txt) token ids.
             attention_mask, labels: (B, T_txt), 0 at padding; -100 where no loss is.
             clear_conditioned_layers: forget the pictures afterwards.
-            past_key_values, use_cache: the language model's cache.
+            past_key_values, use_cache: the language model's cache, which grows, as in
+                transformers; `generate` works on a copy.
             vision_features: (B, T_img, F, v, d_img), instead of `vision_x`.
 
         Returns: the language model's output, `logits` (B, T_txt, vocab), maybe `loss`.
@@ -212,6 +215,8 @@ class Flamingo(_PictureMemory):
         kwargs.setdefault("eos_token_id", self.eoc_token_id)
         kwargs.setdefault("pad_token_id", lm.config.pad_token_id)
         kwargs.setdefault("suppress_tokens", [self.media_token_id])
+        if kwargs.get("past_key_values") is not None:  # the caller's: it would grow
+            kwargs["past_key_values"] = copy.deepcopy(kwargs["past_key_values"])
         try:
             self._encode_vision_x(vision_x, vision_features, lang_x)
             self._repeat_rows(copies, keep_keys_values)

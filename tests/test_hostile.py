@@ -479,7 +479,10 @@ BAD_WEIGHTS = {
 def test_one_bad_tensor_is_named(saved, name, what):
     tensors = load_file(saved / WEIGHTS)
     tensors[name] = BAD_WEIGHTS[what](tensors[name])
-    save_file(tensors, saved / WEIGHTS)
+    try:
+        save_file(tensors, saved / WEIGHTS)
+    except KeyError:
+        pytest.skip("an older safetensors: it cannot write such a file either")
     with pytest.raises(ValueError, match=rf"saved.*\n.*{name}"):
         load_flamingo(saved)
 

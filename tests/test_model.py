@@ -632,6 +632,27 @@ def test_keys_and_values_of_the_pictures_are_made_once(small):
     assert torch.equal(kept, made_anew)
 
 
+def test_a_cache_that_was_passed_in_is_left_as_it_was(small):
+    """`generate` goes on from it, twice, to the same answer."""
+    model, _, tokenizer = small
+    ids, mask = tokenize(tokenizer, ["look<image>a lemon<|endofchunk|><image>a tent"])
+    asked = {"vision_features": random_features(1, 2), "do_sample": False}
+    asked |= {"max_new_tokens": 6, "attention_mask": mask}
+    wanted = model.generate(None, ids, **asked)
+    past = DynamicCache()
+    with torch.no_grad():
+        features = asked["vision_features"]
+        model(None, ids[:, :5], past_key_values=past, vision_features=features)
+    before = [layer.keys.clone() for layer in past.layers]
+    for _ in range(2):
+        assert torch.equal(
+            model.generate(None, ids, past_key_values=past, **asked), wanted
+        )
+    assert past.get_seq_length() == 5
+    after = [layer.keys for layer in past.layers]
+    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
 def test_generate_refuses_while_pictures_are_cached(small):
     """And what was cached is still there afterwards."""
     model, _, tokenizer = small
