@@ -155,3 +155,10 @@ def make_picture(colour, size=(40, 30)):
     picture = Image.new("RGB", size, "white")
     picture.paste(colour, (5, 5, 25, 25))
     return picture
+
+
+class Bomb:
+    """A pickle of this runs code when it is loaded."""
+
+    def __reduce__(self):
+        return (exec, ("import os; os.environ['FLAMINGO_BOMB'] = 'went off'",))

@@ -10,6 +10,7 @@ import torch
 from conftest import (
     D_TXT,
     SMALL,
+    Bomb,
     open_gates,
     opt_config,
     random_features,
@@ -765,13 +766,6 @@ def test_an_unexpected_and_a_missing_tensor_are_named(saved):
     rewrite(folder, lambda tensors: tensors.pop("perceiver.norm.bias"))
     with pytest.raises(ValueError, match="missing: perceiver.norm.bias"):
         load_flamingo(folder)
-
-
-class Bomb:
-    """A pickle of this runs code when it is loaded."""
-
-    def __reduce__(self):
-        return (exec, ("import os; os.environ['FLAMINGO_BOMB'] = 'went off'",))
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "noise", "pickle"])

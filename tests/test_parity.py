@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import D_IMG, open_gates, random_pixels, tokenize
+from conftest import D_IMG, Bomb, open_gates, random_pixels, tokenize
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -346,13 +346,6 @@ def test_another_checkpoint_is_refused(models, released, backbones, change, mess
     torch.save(state, released)
     with pytest.raises(ValueError, match=message):
         load_released(released, backbones, mine)
-
-
-class Bomb:
-    """A pickle of this runs code when it is loaded."""
-
-    def __reduce__(self):
-        return (exec, ("import os; os.environ['FLAMINGO_BOMB'] = 'went off'",))
 
 
 @pytest.mark.parametrize("damage", ["pickled code", "cut short", "empty", "no dict"])

@@ -3,7 +3,9 @@
 
     python tools/train_tiny_clip.py              hours on two cores; resumes where
                                                  it stopped
-    python tools/train_tiny_clip.py --steps 20 --more 0 --out FOLDER    a look at it
+    python tools/train_tiny_clip.py --steps 20 --more 0 --checkpoints FOLDER \\
+        --out COPY                               a look at it; COPY is a copy of
+                                                 data/tiny_clip
 
 Two stages. In the first a batch holds single things and pairs drawn by lot, and to tell
 two captions apart one thing of the two is mostly enough. In the second the pairs come

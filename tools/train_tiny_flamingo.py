@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Train the tiny Flamingo longer than a reader waits, with the function of chapter 9.
 
-    python tools/train_tiny_flamingo.py                 resumes where it stopped
-    python tools/train_tiny_flamingo.py --steps 20      a look at it
+    python tools/train_tiny_flamingo.py            under an hour on two cores; resumes
+                                                   where it stopped
+    python tools/train_tiny_flamingo.py --steps 20 --scenes 200 --out FOLDER \\
+        --checkpoints FOLDER                       a look at it
 
 Writes data/tiny_flamingo: flamingo.safetensors (8 and 16 bits), config.json,
 training.log.
