@@ -139,9 +139,20 @@ def read_checkpoint(path):
 
 
 def run_settings(
-    features, texts, n_steps, batch_size, lr, gate_factor, with_muon, seed
+    features,
+    texts,
+    n_steps,
+    batch_size,
+    lr,
+    gate_factor,
+    with_muon,
+    seed,
+    sequences=None,
 ):
-    """What two runs must share to end with the same numbers: dict of plain values."""
+    """What two runs must share to end with the same numbers: dict of plain values.
+
+    Args: as for `train`.
+    """
     return {
         "n_steps": int(n_steps),
         "batch_size": int(batch_size),
@@ -150,7 +161,7 @@ def run_settings(
         "with_muon": bool(with_muon),
         "seed": int(seed),
         "pictures": list(features.shape),
-        "checksum of the captions": zlib.crc32("\n".join(texts).encode()),
+        "checksum of the texts": zlib.crc32(repr((texts, sequences)).encode()),
     }
 
 

@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageOps
 
-from flamingo_lite.loss import make_labels
+from flamingo_lite.loss import IGNORE, make_labels
 
 SIZE = 64  # pixels, the side of a scene
 RELATIONS = ("to the left of", "above")
@@ -184,7 +184,8 @@ def make_scenes(rows, n_scenes, seed, pairs=0.5, held_out=False):
         held_out: True, only pairs kept for testing; False, only the others.
 
     Returns:
-        list of {"picture": RGB picture, "text": caption, "things": [names]}.
+        list of {"picture": RGB picture, "text": caption, "things": [names],
+        "studios": [theirs], "relation": None or one of RELATIONS}.
 
     Raises:
         ValueError: there is no pair to draw.
@@ -199,15 +200,30 @@ def make_scenes(rows, n_scenes, seed, pairs=0.5, held_out=False):
         chosen = rng.choice(things, 2 if relation else 1, replace=False).tolist()
         while relation and is_held_out(*chosen) != held_out:
             chosen = rng.choice(things, 2, replace=False).tolist()
-        drawings = [sprites[t][rng.choice(list(sprites[t]))] for t in chosen]
+        studios = [str(rng.choice(list(sprites[t]))) for t in chosen]
+        drawings = [sprites[t][s] for t, s in zip(chosen, studios, strict=True)]
         picture = draw_scene(rng, drawings, relation)
         text = f" {relation} ".join(names[t] for t in chosen)
-        scenes.append({"picture": picture, "text": text, "things": chosen})
+        scene = {"picture": picture, "text": text, "relation": relation}
+        scenes.append({**scene, "things": chosen, "studios": studios})
     return scenes
 
 
+def whole_text(text):
+    """A text as one string; `text` may be a pair of strings, (given, asked)."""
+    if not isinstance(text, tuple):
+        return text
+    if len(text) != 2 or not all(isinstance(part, str) for part in text):
+        raise ValueError(f"want a text or (given, asked), got {text!r}")
+    return " ".join(part for part in text if part)
+
+
 def interleave(texts):
-    """Chunks of one picture and its text: "<image>a lemon<|endofchunk|><image>…"."""
+    """Chunks of one picture and its text: "<image>a lemon<|endofchunk|><image>…".
+
+    A text may be a pair, (given, asked): see `collate`.
+    """
+    texts = [whole_text(text) for text in texts]
     for number, text in enumerate(texts, 1):
         check_text(text, f"text {number}")
     return "".join(f"<image>{text}<|endofchunk|>" for text in texts)
@@ -236,11 +252,25 @@ def encode_pictures(visual, image_processor, pictures, batch_size=96):
     return torch.cat(features)
 
 
+def _given(texts):
+    """Where in `interleave(texts)` the given parts stand: (start, end), in characters.
+
+    The blank after a given part belongs to what is asked.
+    """
+    place = 0
+    for text in texts:
+        place += len("<image>")
+        if isinstance(text, tuple):
+            yield place, place + len(text[0])
+        place += len(whole_text(text)) + len("<|endofchunk|>")
+
+
 def collate(examples, tokenizer):
     """Put sequences of different lengths into one batch, padded on the right.
 
     Args:
-        examples: list of (features, texts), (T_img, F, v, d_img) and T_img texts.
+        examples: list of (features, texts), (T_img, F, v, d_img) and T_img texts. A
+            text is a string or a pair of strings, (given, asked): `given` has no label.
         tokenizer: with `<image>` and `<|endofchunk|>` among its tokens.
 
     Returns:
@@ -266,7 +296,8 @@ def collate(examples, tokenizer):
         if (own := tuple(features.shape[1:])) != shape:
             raise ValueError(f"row {row}: pictures are {own}, those of row 0 {shape}")
         for number, text in enumerate(texts, 1):
-            check_text(text, f"row {row}, text {number}", special_tokens)
+            where = f"row {row}, text {number}"
+            check_text(whole_text(text), where, special_tokens)
     pictures = [features.float() for features, _ in examples]
     lines = [interleave(texts) for _, texts in examples]
     batch = tokenizer(lines, padding=True, padding_side="right", return_tensors="pt")
@@ -275,9 +306,14 @@ def collate(examples, tokenizer):
         row = int(batch.attention_mask.sum(dim=1).argmax())
         raise ValueError(f"row {row}: {T_txt} tokens, but the model reads {most}")
     media, eoc = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    labels = make_labels(batch.input_ids, media, eoc, batch.attention_mask)
+    for row, (_, texts) in enumerate(examples):
+        for start, end in _given(texts):
+            told = [batch.char_to_token(row, i) for i in range(start, end)]
+            labels[row, [i for i in told if i is not None]] = IGNORE
     return {
         "vision_features": torch.nn.utils.rnn.pad_sequence(pictures, batch_first=True),
         "lang_x": batch.input_ids,
         "attention_mask": batch.attention_mask,
-        "labels": make_labels(batch.input_ids, media, eoc, batch.attention_mask),
+        "labels": labels,
     }

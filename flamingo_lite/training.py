@@ -4,6 +4,7 @@
 
 import math
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -118,23 +119,47 @@ def schedule(step, n_steps, warmup=50):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup)))
 
 
-def batch_for_step(n_pictures, batch_size, step, seed):
-    """Picture numbers of batch `step`; each epoch has an order of its own."""
-    per_epoch = max(1, n_pictures // batch_size)
-    epoch, number = divmod(step, per_epoch)
-    order = np.random.default_rng((seed, epoch)).permutation(n_pictures)
-    return order[number * batch_size : (number + 1) * batch_size].tolist()
+@lru_cache(maxsize=2)
+def _epoch(lengths, batch_size, seed, epoch):
+    """The batches of one epoch: list of lists of sequence numbers."""
+    rng = np.random.default_rng((seed, epoch))
+    order, lengths = rng.permutation(len(lengths)), np.asarray(lengths)
+    batches = []
+    for T_img in np.unique(lengths):
+        mine = order[lengths[order] == T_img].tolist()
+        rows = max(1, batch_size // int(T_img))
+        n_whole = max(1, len(mine) // rows)
+        batches += [mine[i * rows : (i + 1) * rows] for i in range(n_whole)]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def make_batch(rows, features, texts, tokenizer, device):
-    """Some pictures and their captions, as the model takes them: dict on `device`.
+def batch_for_step(lengths, batch_size, step, seed):
+    """Sequence numbers of batch `step`; each epoch has an order of its own.
 
     Args:
-        rows: picture numbers, B of them.
-        features: (pictures, F, v, d_img).
-        texts: a caption for each picture.
+        lengths: tuple, the number of pictures T_img of each sequence. A batch holds
+            sequences of one length. What does not fill a batch waits for the next
+            epoch, with its other order.
+        batch_size: about how many pictures.
+        step, seed: they alone decide.
     """
-    batch = collate([(features[i][None], [texts[i]]) for i in rows], tokenizer)
+    per_epoch = len(_epoch(lengths, batch_size, seed, 0))
+    epoch, number = divmod(step, per_epoch)
+    return _epoch(lengths, batch_size, seed, epoch)[number]
+
+
+def make_batch(rows, features, texts, tokenizer, device, sequences=None):
+    """Some sequences, as the model takes them: dict on `device`.
+
+    Args:
+        rows: sequence numbers, B of them.
+        features, texts, sequences: as for `train`.
+    """
+    if sequences is None:
+        examples = [(features[i][None], [texts[i]]) for i in rows]
+    else:
+        examples = [(features[sequences[i]], texts[i]) for i in rows]
+    batch = collate(examples, tokenizer)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -194,32 +219,40 @@ def train(
     checkpoint=None,
     report_every=100,
     report=print,
+    sequences=None,
 ):
-    """Train what is not frozen, on cached features of single pictures.
+    """Train what is not frozen, on cached features of pictures.
 
     Args:
         model, tokenizer: from `build_flamingo`.
         features: (pictures, F, v, d_img), see `encode_pictures`.
-        texts: a caption for each picture.
-        n_steps: optimizer steps of `batch_size` pictures.
+        texts: a text for each picture; with `sequences`, a list of texts for each, one
+            for each of its pictures. A text may be a pair, see `collate`.
+        n_steps: optimizer steps of about `batch_size` pictures.
         lr, gate_factor, with_muon: see `make_optimizers`.
         seed: of the order of the pictures.
         checkpoint: a file; if it is there, training goes on from it, to the same end.
         report_every: steps between two lines, and between two checkpoints.
         report: called with each line.
+        sequences: which pictures follow each other, lists of picture numbers; None,
+            each picture stands alone.
 
     Returns:
         list of {"step", "loss", "gates"}, one for each step: tanh of every gate.
 
     Raises:
-        ValueError: not as many texts as pictures, or a checkpoint that does not fit.
+        ValueError: texts and pictures, or texts and sequences, differ in number, or a
+            checkpoint does not fit.
         OSError: a checkpoint cannot be written or read; the last good one is left.
     """
-    if len(features) != len(texts):
-        raise ValueError(f"{len(features)} pictures, but {len(texts)} texts")
-    settings = run_settings(
-        features, texts, n_steps, batch_size, lr, gate_factor, with_muon, seed
-    )
+    n, what = len(features), "pictures"
+    if sequences is not None:
+        n, what = len(sequences), "sequences"
+    if n != len(texts):
+        raise ValueError(f"{n} {what}, but {len(texts)} texts")
+    lengths = (1,) * n if sequences is None else tuple(map(len, sequences))
+    numbers = n_steps, batch_size, lr, gate_factor, with_muon, seed
+    settings = run_settings(features, texts, *numbers, sequences)
     device = next(model.parameters()).device
     optimizers = make_optimizers(
         model, settings["lr"], settings["gate_factor"], with_muon
@@ -229,8 +262,8 @@ def train(
     model.train()
     started = time.perf_counter()
     for step in range(first, n_steps):
-        rows = batch_for_step(len(features), batch_size, step, seed)
-        batch = make_batch(rows, features, texts, tokenizer, device)
+        rows = batch_for_step(lengths, batch_size, step, seed)
+        batch = make_batch(rows, features, texts, tokenizer, device, sequences)
         loss = training_step(model, batch, optimizers, schedule(step, n_steps))
         opened = [round(gate.tanh().item(), 4) for gate in gates]
         done = step + 1
@@ -247,12 +280,17 @@ def train(
 
 
 @torch.no_grad()
-def caption_losses(model, tokenizer, features, texts, batch_size=100):
-    """Mean loss per token of each caption, (pictures,). Arguments as for `train`."""
+def caption_losses(
+    model, tokenizer, features, texts, batch_size=100, sequences=None
+):
+    """Mean loss per labelled token of each sequence, (sequences,).
+
+    Args: as for `train`.
+    """
     losses, device = [], next(model.parameters()).device
     for start in range(0, len(texts), batch_size):
         rows = range(start, min(start + batch_size, len(texts)))
-        batch = make_batch(rows, features, texts, tokenizer, device)
+        batch = make_batch(rows, features, texts, tokenizer, device, sequences)
         labels = batch.pop("labels")  # (B, T_txt)
         logits = model(None, **batch).logits  # (B, T_txt, vocab)
         per_token = shifted_cross_entropy(logits, labels, reduction="none")

@@ -1,36 +1,34 @@
 #!/usr/bin/env python3
 """The text that the tiny language model learns from. It holds no pictures, only words.
 
-Five kinds of line, drawn at random with a fixed seed: captions, facts about kinds,
-questions that the line itself answers, lists that name things again and again, and
-made-up words bound to things. `python tools/tiny_text.py --lines 20` prints some.
+Six kinds of line, drawn at random with a fixed seed: captions, facts about kinds,
+questions that the line itself answers, made-up words bound to things again and again,
+lists of answers in which only the list says to what question, and words that come
+back in the same order. `python tools/tiny_text.py --lines 20` prints some.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-import numpy as np
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+import numpy as np  # noqa: E402
 
-KINDS = {
-    "animal": """bear chick cow crocodile dog dolphin elephant frog horse koala ladybug
-        octopus panda penguin pig rabbit snail snake spider tiger turtle whale bee cat
-        mouse monkey fish flamingo butterfly owl fox lion parrot shark""",
-    "plant": """cactus palm_tree sunflower tulip rose mushroom maple_leaf christmas_tree
-        clover""",
-    "food": """banana birthday_cake chocolate_bar cookie doughnut eggplant hamburger
-        lemon lollipop peach pear pineapple pizza red_apple green_apple strawberry
-        tomato watermelon ice_cream corn_cob pumpkin""",
-    "drink": "wine_glass beer_mug hot_drink",
-    "vehicle": "airplane ambulance bus bicycle sailboat rocket tractor helicopter",
-    "instrument": "guitar violin trumpet bell",
-    "garment": "crown top_hat shirt dress backpack",
-}
-NUMBERS = "two three four".split()
-RELATIONS = ("to the left of", "above")
-OPPOSITES = {"to the left of": "to the right of", "above": "below"}
+from flamingo_lite.data import RELATIONS  # noqa: E402
+from flamingo_lite.tasks import (  # noqa: E402
+    NUMBERS,
+    OPPOSITES,
+    how_many,
+    kind_of,
+    made_up,
+    plural,
+)
+from flamingo_lite.tasks import with_article as a  # noqa: E402
+
+DATA = ROOT / "data"
 
 
 def named_things():
@@ -38,45 +36,6 @@ def named_things():
     lines = (DATA / "emoji" / "metadata.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return list(dict.fromkeys(row["thing"] for row in rows if row["named"]))
-
-
-def kind_of(thing):
-    """'animal', 'food', … or 'thing' for what is none of them."""
-    for kind, names in KINDS.items():
-        if thing.replace(" ", "_") in names.split():
-            return kind
-    return "thing"
-
-
-def a(name):
-    """The name with its article."""
-    vowel = name[0] in "aeiou" and not name.startswith("unicorn")
-    return f"{'an' if vowel else 'a'} {name}"
-
-
-def plural(name):
-    """More than one of it."""
-    odd = {"mouse": "mice", "fish": "fish", "cactus": "cacti", "dice": "dice"}
-    if name in odd:
-        return odd[name]
-    if name.endswith(("leaf",)):
-        return name[:-1] + "ves"
-    if name.endswith(("s", "x", "sh", "ch")):
-        return name + "es"
-    if name.endswith(("tomato",)):
-        return name + "es"
-    if name.endswith("y") and name[-2] not in "aeiou":
-        return name[:-1] + "ies"
-    return name + "s"
-
-
-def made_up(rng):
-    """A word that nobody uses: 'dax', 'wuggo', …"""
-    consonants, vowels = list("bdfgklmnprstvwz"), list("aeiou")
-    word = rng.choice(consonants) + rng.choice(vowels) + rng.choice(consonants)
-    if rng.random() < 0.5:
-        word += rng.choice(vowels) + rng.choice(["", *consonants])
-    return str(word)
 
 
 def caption(rng, things):
@@ -92,7 +51,7 @@ def fact(rng, things):
     thing = rng.choice(things)
     kind = kind_of(thing)
     number = rng.choice(NUMBERS)
-    several = f"{number} {plural(thing)}"
+    several = how_many(number, thing)
     return rng.choice(
         [
             f"{a(thing)} is {a(kind)}.",
@@ -124,32 +83,52 @@ def question(rng, things):
 
 
 def naming(rng, things):
-    """A short list gone through again and again, or made-up words bound to things."""
+    """A few made-up words, each bound to a thing, gone through again and again."""
     n_things = int(rng.integers(2, 6))
     chosen = list(rng.choice(things, n_things, replace=False))
     words = [made_up(rng) for _ in chosen]
     style = rng.integers(4)
     turns = []
-    for _ in range(int(rng.integers(2, 5))):
+    for _ in range(int(rng.integers(2, 6))):
         for i in rng.permutation(n_things):
             turns.append(
                 [
-                    f"this is {a(words[i])}.",
                     f"{chosen[i]}: this is {a(words[i])}.",
+                    f"{chosen[i]}: {words[i]}.",
                     f"{a(chosen[i])} is called {a(words[i])}.",
-                    f"{chosen[i]}: {kind_of(chosen[i])}.",
+                    f"{chosen[i]} {words[i]},",
                 ][style]
             )
     return " ".join(turns)
+
+
+def answers(rng, things):
+    """Things, and of each its name, number or kind: the list says which."""
+    task = rng.integers(3)
+    turns = []
+    for _ in range(int(rng.integers(3, 9))):
+        thing, number = rng.choice(things), rng.choice(NUMBERS)
+        answer = [thing, number, kind_of(thing)][task]
+        turns.append(f"{how_many(number, thing)}: {answer}.")
+    return " ".join(turns)
+
+
+def again(rng, things):
+    """Some words, then the same words in the same order."""
+    words = [
+        str(rng.choice(things)) if rng.random() < 0.5 else made_up(rng)
+        for _ in range(int(rng.integers(3, 13)))
+    ]
+    return " ".join(words * int(rng.integers(2, 5)))
 
 
 def corpus(n_lines, seed):
     """Yield `n_lines` lines of text; the same ones for the same seed."""
     rng = np.random.default_rng(seed)
     things = named_things()
-    makers = [caption, fact, question, naming]
+    makers = [caption, fact, question, naming, answers, again]
     for _ in range(n_lines):
-        yield makers[rng.choice(4, p=[0.35, 0.1, 0.25, 0.3])](rng, things)
+        yield makers[rng.choice(6, p=[0.25, 0.1, 0.2, 0.25, 0.1, 0.1])](rng, things)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Train the tiny Flamingo longer than a reader waits, with the function of chapter 9.
 
+It learns from all of tools/lessons.py: captions, questions, stories and prompts.
+
     python tools/train_tiny_flamingo.py            under an hour on two cores; resumes
                                                    where it stopped
-    python tools/train_tiny_flamingo.py --steps 20 --scenes 200 --out FOLDER \\
+    python tools/train_tiny_flamingo.py --steps 20 --share 0.01 --out FOLDER \\
         --checkpoints FOLDER                       a look at it
 
 Writes data/tiny_flamingo: flamingo.safetensors (8 and 16 bits), config.json,
@@ -12,22 +14,19 @@ training.log.
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from lessons import SHARES, make_lessons  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from train_tiny_clip import outlined  # noqa: E402
 
 from flamingo_lite import (  # noqa: E402
     build_flamingo,
     caption,
-    encode_pictures,
     load_captions,
-    load_sprites,
     make_scenes,
     save_flamingo,
     score_captions,
@@ -44,46 +43,11 @@ def shrink(path):
     save_file(tensors, path)
 
 
-def with_outlines(rows, folder, n_studios=2):
-    """Add two outlined versions of each thing by its first studios, as more studios.
-
-    The tiny CLIP was trained with such drawings too; they are written to `folder`.
-    """
-    more, sprites = [], load_sprites(rows)
-    for row in rows:
-        if row["studio"] not in list(sprites[row["thing"]])[:n_studios]:
-            continue
-        for kind, drawing in zip(
-            ("flat", "lines"),
-            outlined(sprites[row["thing"]][row["studio"]]),
-            strict=True,
-        ):
-            studio = f"{row['studio']}-{kind}"
-            path = Path(folder) / f"{row['thing']}-{studio}.png"
-            drawing.save(path)
-            more.append({**row, "studio": studio, "path": path})
-    return rows + more
-
-
-def encode_scenes(model, image_processor, rows, n_scenes, seed, chunk=5000):
-    """Features and texts of scenes, 70 % of them pairs, a few thousand at a time."""
-    features, texts = [], []
-    for start in range(0, n_scenes, chunk):
-        n = min(chunk, n_scenes - start)
-        scenes = make_scenes(rows, n, seed=(seed, start), pairs=0.7)
-        pictures = [scene["picture"] for scene in scenes]
-        features.append(
-            encode_pictures(model.vision_encoder, image_processor, pictures)
-        )
-        texts += [scene["text"] for scene in scenes]
-        print(f"{start + n} pictures encoded", flush=True)
-    return torch.cat(features), texts
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=60_000)
-    parser.add_argument("--steps", type=int, default=3500)
+    share = {"type": float, "default": 1.0, "help": "of the lessons, for a look"}
+    parser.add_argument("--share", **share)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -100,15 +64,11 @@ def main():
     named = [row for row in load_captions(ROOT / "data" / "emoji") if row["named"]]
     rows = [row for row in named if row["trained"]]
     model, image_processor, tokenizer = build_flamingo("tiny")
-    with tempfile.TemporaryDirectory() as folder:
-        features, texts = encode_scenes(
-            model,
-            image_processor,
-            with_outlines(rows, folder),
-            args.scenes,
-            seed=100 + args.seed,
-        )
-    log = [f"seed {args.seed} scenes {args.scenes} steps {args.steps} lr {args.lr}"]
+    shares = {name: int(n * args.share) for name, n in SHARES.items() if name != "pool"}
+    features, texts, sequences = make_lessons(
+        model, image_processor, 100 + args.seed, shares
+    )
+    log = [f"seed {args.seed} steps {args.steps} lr {args.lr} lessons {shares}"]
 
     def report(line):
         print(line, flush=True)
@@ -126,6 +86,7 @@ def main():
         checkpoint=args.checkpoints / "last.pt",
         report_every=200,
         report=report,
+        sequences=sequences,
     )
     unseen = {
         studio: [row for row in named if row["studio"] == studio]

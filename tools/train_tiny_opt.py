@@ -13,15 +13,20 @@ picture.
 import argparse
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from tiny_text import a, corpus, made_up, named_things
-from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tiny_text import a, corpus, made_up, named_things  # noqa: E402
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM  # noqa: E402
+
+from flamingo_lite.training import Muon  # noqa: E402
+
 BLOCK = 128  # tokens in a row of a batch
 
 
@@ -36,7 +41,7 @@ def new_model(tokenizer):
             num_attention_heads=4,
             ffn_dim=1024,
             max_position_embeddings=512,
-            dropout=0.1,
+            dropout=0.0,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -90,6 +95,17 @@ def naming(model, tokenizer, n_words, n_prompts=100, seed=1):
     return right / n_prompts
 
 
+def make_optimizers(model, lr):
+    """Muon for the layers' matrices, AdamW for embeddings, biases and norms."""
+    inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
+    ids = {id(p) for p in inner}
+    outer = [p for p in model.parameters() if id(p) not in ids]
+    adam = torch.optim.AdamW(
+        outer, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    return {"muon": Muon(inner, lr=lr, weight_decay=0.05), "adam": adam}
+
+
 def learning_rate(step, steps, peak, warmup=100, decay=0.3):
     """Up in `warmup` steps, level, and down to zero over the run's last `decay`."""
     down = (steps - step) / (decay * steps)
@@ -98,11 +114,11 @@ def learning_rate(step, steps, peak, warmup=100, decay=0.3):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=1860)
     parser.add_argument(
         "--rows", type=int, default=24, help="rows of 128 tokens in a batch"
     )
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -111,34 +127,35 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "tiny_opt")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # tiny gradients make Muon slow otherwise
     torch.manual_seed(args.seed)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     checkpoint = args.checkpoints / "last.pt"
 
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = new_model(tokenizer)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True
-    )
+    optimizers = make_optimizers(model, args.lr)
     first, log = 0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         first, log = state["step"], state["log"]
         print(f"resumed at step {first}", flush=True)
     model.train()
     started, running = time.time(), []
     for step in range(first, args.steps):
-        for group in optimizer.param_groups:
+        for group in (g for o in optimizers.values() for g in o.param_groups):
             group["lr"] = learning_rate(step, args.steps, args.lr)
         ids = batch_of(tokenizer, args.rows, args.seed + 1 + step)
         loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         running.append(loss.item())
         done = step + 1
         if done % 100 == 0 or done == args.steps:
@@ -151,7 +168,8 @@ def main():
             log.append(line)
             running = []
             print(f"{line} ({pace:.2f} s/step)", flush=True)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {name: o.state_dict() for name, o in optimizers.items()}
+            state["model"] = model.state_dict()
             state |= {"rng": torch.get_rng_state(), "step": done, "log": log}
             torch.save(state, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)

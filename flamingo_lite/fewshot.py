@@ -1,0 +1,271 @@
+# Written by tools/sync.py from book/10_few_shot.ipynb.
+# Edit the notebook, not this file.
+"""Few-shot prompts: demonstrations with pictures, their controls, and scores.
+
+An episode is one prompt: {"numbers": pictures of the demonstrations, then that of the
+question; "texts": a text for each, the last one the right answer; "answer": that text}.
+Pictures are numbers into a list of scenes, so that each is encoded once.
+"""
+
+from collections import Counter
+
+import numpy as np
+import torch
+
+from flamingo_lite.generation import caption, make_prompt
+from flamingo_lite.tasks import made_up, with_article
+
+QUESTIONS = ("thing", "number", "kind")
+
+
+def group_scenes(scenes):
+    """Sort scenes by what they show and who drew it: {thing: {studio: [numbers]}}."""
+    groups = {}
+    for number, scene in enumerate(scenes):
+        thing = scene["thing"] if "thing" in scene else scene["things"][0]
+        studio = scene["studio"] if "studio" in scene else scene["studios"][0]
+        groups.setdefault(thing, {}).setdefault(studio, []).append(number)
+    return groups
+
+
+def task_episode(rng, scenes, question, n_shots):
+    """A prompt in which the demonstrations alone say what is asked.
+
+    Args:
+        rng: numpy Generator.
+        scenes: from `make_counts`.
+        question: one of QUESTIONS: the demonstrations give the thing, the number or
+            the kind.
+        n_shots: how many demonstrations.
+
+    Returns:
+        an episode; the answer is the query's "thing", "number" or "kind".
+    """
+    if question not in QUESTIONS:
+        raise ValueError(f"no question {question!r}; there are {', '.join(QUESTIONS)}")
+    numbers = rng.choice(len(scenes), n_shots + 1, replace=False).tolist()
+    texts = [scenes[number][question] for number in numbers]
+    return {"numbers": numbers, "texts": texts, "answer": texts[-1]}
+
+
+def naming_episode(rng, groups, n_ways, n_shots, query_studios=()):
+    """A prompt that names some things with made-up words, then shows one of them again.
+
+    The picture asked about is by a studio that drew none of the demonstrations.
+
+    Args:
+        rng: numpy Generator.
+        groups: from `group_scenes`.
+        n_ways: how many things.
+        n_shots: demonstrations for each; they come in rounds, each in another order.
+        query_studios: who may have drawn the picture asked about, and then draws no
+            demonstration; empty, anyone.
+
+    Returns:
+        an episode, with "words", {thing: its made-up name}, and "thing", the one asked.
+
+    Raises:
+        ValueError: too few things are drawn by the studios that are needed.
+    """
+    apart, usable = set(query_studios), []
+    for thing, studios in groups.items():
+        others = set(studios) - apart
+        if len(others) > 1 - bool(apart) and (not apart or apart & set(studios)):
+            usable.append(thing)
+    if len(usable) < n_ways:
+        raise ValueError(f"{n_ways} things wanted, and {len(usable)} can be shown")
+    things = rng.choice(usable, n_ways, replace=False).tolist()
+    words = {}
+    while len(words) < n_ways:
+        word = with_article(made_up(rng))
+        if word not in words.values():
+            words[things[len(words)]] = word
+    asked = things[int(rng.integers(n_ways))]
+    last = str(rng.choice(sorted(apart & set(groups[asked]) or groups[asked])))
+    shown = [thing for _ in range(n_shots) for thing in rng.permutation(things)]
+    numbers = []
+    for thing in shown:
+        studio = rng.choice(sorted(set(groups[thing]) - apart - {last}))
+        numbers.append(int(rng.choice(groups[thing][studio])))
+    numbers.append(int(rng.choice(groups[asked][last])))
+    texts = [words[thing] for thing in [*shown, asked]]
+    about = {"words": words, "thing": asked}
+    return {"numbers": numbers, "texts": texts, "answer": texts[-1], **about}
+
+
+def to_learn(episode):
+    """The texts of an episode for training: what cannot be known yet is only given.
+
+    A made-up word is given where it comes first, and so is the first demonstration of a
+    task: no picture tells them.
+    """
+    seen, texts = set(), []
+    for number, text in enumerate(episode["texts"]):
+        new = text not in seen if "words" in episode else number == 0
+        texts.append((text, "") if new else text)
+        seen.add(text)
+    return texts
+
+
+def spoil(rng, episode, how, groups=None):
+    """The same prompt with demonstrations that help less; what is asked stays.
+
+    Args:
+        rng: numpy Generator.
+        episode: see above.
+        how: "no pictures", each demonstration has the last picture of all, number -1,
+            which should be a blank one; "wrong pictures", pictures of other things than
+            the prompt names, taken from `groups`; "shuffled texts", each text is
+            replaced by another one of the prompt, everywhere by the same.
+
+    Raises:
+        ValueError: an unknown way.
+    """
+    *shown, asked = episode["numbers"]
+    *texts, answer = episode["texts"]
+    if how == "no pictures":
+        shown = [-1] * len(shown)
+    elif how == "wrong pictures":
+        inside = set(episode.get("words", ()))
+        hands = [h for t in groups if t not in inside for h in groups[t].values()]
+        outside = [n for numbers in hands for n in numbers if n not in shown]
+        shown = rng.choice(outside, len(shown), replace=False).tolist()
+    elif how == "shuffled texts":
+        kinds = list(dict.fromkeys(texts))
+        after = dict(zip(kinds, kinds[1:] + kinds[:1], strict=True))
+        texts = [after[text] for text in texts]
+    else:
+        raise ValueError(f"no way {how!r} to spoil a prompt")
+    return {**episode, "numbers": [*shown, asked], "texts": [*texts, answer]}
+
+
+def make_episodes(
+    scenes, n, seed, n_shots, n_ways=None, question=None, how=None, **choice
+):
+    """Some prompts of one sort, always the same for the same seed.
+
+    Args:
+        scenes: from `make_counts` for tasks; of single things for naming.
+        n: how many.
+        seed: an int.
+        n_shots: demonstrations; for naming, of each thing.
+        n_ways: new words in a prompt; None, prompts for a task.
+        question: one of QUESTIONS, for a task.
+        how: see `spoil`; None, demonstrations as they should be. The prompts and what
+            they ask are the same for every `how`.
+        **choice: for `naming_episode`.
+    """
+    rng, luck = np.random.default_rng((seed, 1)), np.random.default_rng((seed, 2))
+    groups, episodes = group_scenes(scenes), []
+    for _ in range(n):
+        if n_ways is None:
+            episode = task_episode(rng, scenes, question, n_shots)
+        else:
+            episode = naming_episode(rng, groups, n_ways, n_shots, **choice)
+        episodes.append(spoil(luck, episode, how, groups) if how else episode)
+    return episodes
+
+
+def answer(model, tokenizer, features, episodes, batch_size=50, **kwargs):
+    """What the model writes at the end of each episode: list of strings.
+
+    Args:
+        model, tokenizer: from `load_flamingo`.
+        features: (scenes, F, v, d_img), see `encode_pictures`.
+        episodes: all with the same number of pictures.
+        batch_size: prompts at a time.
+        **kwargs: for `caption`.
+    """
+    pictures = torch.stack([features[e["numbers"]] for e in episodes])
+    prompts = [make_prompt(e["texts"][:-1]) for e in episodes]
+    settings = {"max_new_tokens": 8, "batch_size": batch_size, **kwargs}
+    return caption(model, None, tokenizer, pictures, prompts, **settings)
+
+
+@torch.no_grad()
+def answer_in_words(lm, tokenizer, episodes, scenes, batch_size=50):
+    """The same prompts for a language model alone: names stand for the pictures.
+
+    Args:
+        lm: a language model from transformers, with `tokenizer`.
+        episodes: of `naming_episode`.
+        scenes: those that the episodes number.
+        batch_size: prompts at a time.
+
+    Returns:
+        list of strings, as many words as the right answer has.
+    """
+    prompts, found = [], []
+    for episode in episodes:
+        names = [scenes[number]["things"][0] for number in episode["numbers"]]
+        turns = zip(names, episode["texts"][:-1], strict=False)
+        told = "".join(f"{name}: this is {text}. " for name, text in turns)
+        prompts.append(f"{told}{names[-1]}: this is")
+    for start in range(0, len(prompts), batch_size):
+        some = prompts[start : start + batch_size]
+        batch = tokenizer(some, padding=True, padding_side="left", return_tensors="pt")
+        ids = lm.generate(**_inputs(batch), max_new_tokens=8, do_sample=False)
+        found += tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :])
+    return [text.split(".")[0].strip() for text in found]
+
+
+def _inputs(batch):
+    """What a decoder takes of a tokenizer's output."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def nearest(queries, support, k):
+    """Which demonstrations to show: RICES (Yang et al. 2021, arXiv 2109.05014).
+
+    Args:
+        queries, support: (queries, d) and (support, d) embeddings of pictures.
+        k: how many for each query.
+
+    Returns:
+        (queries, k) int64 numbers into `support`, the most similar one last.
+    """
+    queries, support = (
+        torch.nn.functional.normalize(x.float(), dim=-1) for x in (queries, support)
+    )
+    return (queries @ support.transpose(0, 1)).topk(k, dim=1).indices.flip(1)
+
+
+def _ngrams(text, n):
+    """How often each run of n words occurs in a text: Counter."""
+    words = text.split()
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def cider_d(captions, references, sigma=6.0):
+    """CIDEr-D, how well captions agree with references (Vedantam et al. 2015).
+
+    Runs of one to four words are weighted by how rare they are among all references;
+    a caption that repeats itself or has another length than the reference loses.
+
+    Args:
+        captions: a string for each picture.
+        references: a list of strings for each picture.
+        sigma: how much a difference in length is forgiven.
+
+    Returns:
+        (pictures,) scores; their mean is the usual number, which can be above 1.
+    """
+    total, log_n = np.zeros(len(captions)), np.log(len(references))
+    for n in range(1, 5):
+        truths = [[_ngrams(text, n) for text in texts] for texts in references]
+        seen_in = Counter(gram for t in truths for gram in set().union(*t))
+
+        def weigh(counts, seen_in=seen_in):
+            rare = {g: log_n - np.log(max(1, seen_in[g])) for g in counts}
+            return {g: counts[g] * rare[g] for g in counts}
+
+        for i, (text, own) in enumerate(zip(captions, truths, strict=True)):
+            mine, scores = weigh(_ngrams(text, n)), []
+            for true, reference in zip(map(weigh, own), references[i], strict=True):
+                common = sum(min(mine.get(g, 0), w) * w for g, w in true.items())
+                norms = [np.sqrt(sum(w * w for w in x.values())) for x in (mine, true)]
+                longer = _ngrams(text, 2).total() - _ngrams(reference, 2).total()
+                scale = norms[0] * norms[1] or 1.0
+                scores.append(common / scale * np.exp(-(longer**2) / (2 * sigma**2)))
+            total[i] += np.mean(scores)
+    return total * 10 / 4
