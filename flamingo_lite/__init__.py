@@ -55,6 +55,7 @@ _HOME = {
     "NUMBERS": "tasks",
     "OPPOSITES": "tasks",
     "TASKS": "tasks",
+    "COUNTED": "tasks",
     "kind_of": "tasks",
     "with_article": "tasks",
     "plural": "tasks",
@@ -100,6 +101,13 @@ _HOME = {
     "answer_in_words": "fewshot",
     "nearest": "fewshot",
     "cider_d": "fewshot",
+    "noted_inputs": "plots",
+    "text_weights": "plots",
+    "latent_weights": "plots",
+    "roll_out": "plots",
+    "attention_maps": "plots",
+    "show_maps": "plots",
+    "occlusion": "plots",
 }
 __all__ = list(_HOME)
 

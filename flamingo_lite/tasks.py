@@ -29,7 +29,8 @@ KINDS = {
 KIND_OF = {t.replace("_", " "): kind for kind in KINDS for t in KINDS[kind].split()}
 NUMBERS = ("one", "two", "three", "four")
 OPPOSITES = {"to the left of": "to the right of", "above": "below"}
-TASKS = ("where", "how many", "is there", "what kind")
+TASKS = ("where", "how many", "is there", "what kind", "what is this")
+COUNTED = ("how many", "what is this")  # asked about scenes of `make_counts`
 
 
 def kind_of(thing):
@@ -124,16 +125,18 @@ def ask(rng, task, scene, things):
     Args:
         rng: numpy Generator.
         task: one of TASKS.
-        scene: from `make_counts` for "how many", from `make_scenes` otherwise; "where"
+        scene: from `make_counts` for COUNTED, from `make_scenes` otherwise; "where"
             needs two things in it.
         things: all names, of which "is there" may ask for one that is absent.
 
     Raises:
         ValueError: an unknown task.
     """
-    if task == "how many":
+    if task in COUNTED:
         thing = scene["thing"]
-        return f"how many {plural(thing)}?", scene["number"], [thing]
+        if task == "how many":
+            return f"how many {plural(thing)}?", scene["number"], [thing]
+        return "what is this?", with_article(thing), [thing]
     shown = scene["things"]
     if task == "where":
         relation = scene["relation"]
@@ -171,7 +174,7 @@ def make_tasks(rows, n_tasks, seed, task, held_out=False):
     """
     rng = np.random.default_rng((seed, 1))
     things = sorted({row["thing"] for row in rows})
-    if task == "how many":
+    if task in COUNTED:
         scenes = make_counts(rows, n_tasks, seed)
     else:
         pairs = {"where": 1.0, "is there": 0.5}.get(task, 0.0)

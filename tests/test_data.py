@@ -1,4 +1,4 @@
-"""Caption folders, hostile pictures, scenes and their splits, batches."""
+"""Caption folders, hostile pictures, scenes and their splits, batches, pair texts."""
 
 import itertools
 import json
@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import D_IMG, ROOT, V
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from flamingo_lite import (
     check_text,
@@ -22,6 +26,7 @@ from flamingo_lite import (
     load_captions,
     make_scenes,
     read_picture,
+    whole_text,
 )
 
 EMOJI = ROOT / "data" / "emoji"
@@ -441,6 +446,224 @@ def test_collate_leaves_the_tokenizer_as_it_was(tokenizer):
     assert tokenizer.padding_side == "left"
 
 
+# ---------------------------------------------------------------------- pairs of text
+
+
+def smol_tokenizer():
+    """Byte-level and without a start token, as SmolLM2's; learned from a few lines.
+
+    It knows runs of blanks, and some characters of several bytes as one token, others
+    as two or more.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = ["question: is it a Löwe? answer: yes", "a    lemon\n\n  owl", "一只 火 🦩"]
+    tokenizer.train_from_iterator(lines * 20, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+    new = ["<|endofchunk|>", "<image>"]
+    fast.add_special_tokens({"additional_special_tokens": new})
+    return fast
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tokenizer):
+    """{name: tokenizer}, all of them byte-level."""
+    return {"opt": tokenizer, "smol": smol_tokenizer()}
+
+
+def bytes_of(tokens, tokenizer):
+    """The bytes that each token stands for, by GPT-2's table of signs."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(byte): byte for byte in plain}
+    others = (byte for byte in range(256) if byte not in plain)
+    table |= {chr(256 + n): byte for n, byte in enumerate(others)}
+    return [
+        token.encode()
+        if token in tokenizer.all_special_tokens
+        else bytes(table[sign] for sign in token)
+        for token in tokens
+    ]
+
+
+def slow_labels(texts, ids, tokenizer):
+    """Labels of one row without padding, from the bytes of its text.
+
+    A token has a label if it is of a text or ends it, and holds nothing that is given.
+    """
+    is_asked = []  # of each byte of the line
+    for text in texts:
+        given, asked = text if isinstance(text, tuple) else ("", text)
+        if given and asked:
+            asked = f" {asked}"
+        for part, has_label in (
+            ("<image>", False),
+            (given, False),
+            (asked, True),
+            ("<|endofchunk|>", True),
+        ):
+            is_asked += [has_label] * len(part.encode())
+    tokens, labels, place = tokenizer.convert_ids_to_tokens(ids), [], 0
+    for token, content in zip(tokens, bytes_of(tokens, tokenizer), strict=True):
+        if token == tokenizer.bos_token:
+            labels.append(-100)
+            continue
+        own = is_asked[place : place + len(content)]
+        place += len(content)
+        labels.append(tokenizer.convert_tokens_to_ids(token) if all(own) else -100)
+    assert place == len(is_asked)
+    return labels
+
+
+def check_labels(rows, tokenizer):
+    """The labels of a batch are those of the slow twin, in every row."""
+    batch = collate([example(*texts) for texts in rows], tokenizer)
+    for i, texts in enumerate(rows):
+        n_tokens = int(batch["attention_mask"][i].sum())
+        ids, labels = (batch[n][i].tolist() for n in ("lang_x", "labels"))
+        assert labels[:n_tokens] == slow_labels(texts, ids[:n_tokens], tokenizer)
+        assert set(labels[n_tokens:]) <= {-100}
+    return batch
+
+
+PAIRS = {
+    "a question": ("question: is there an owl? answer:", "yes"),
+    "asked is empty": ("a lemon", ""),
+    "given is empty": ("", "a lemon"),
+    "umlauts": ("ein Löwe über", "dem Löß"),
+    "an unknown emoji is given": ("🦊🦊 and 🐝", "🦊 is a fox"),
+    "a known emoji": ("a 🦩", "🦩"),
+    "chinese": ("一只火烈鸟 is", "一只 火"),
+    "joined signs": ("e\u0301 👩‍🔬", "e\u0301 👩‍🔬"),
+    "digits": ("12345 and 6", "7 89"),
+    "blanks at the seam": ("a lemon  ", "  owl"),
+    "lines at the seam": ("a lemon\n", "\nowl"),
+    "blanks are given": ("    ", "a lemon"),
+    "blanks are asked": ("a lemon", "   "),
+    "blanks inside": ("a    lemon", "a    lemon"),
+    "almost a token": ("<image <|endofchunk| </s", "> <image"),
+    "a NUL": ("a\0b", "\0"),
+}
+
+
+@pytest.mark.parametrize("name", ["opt", "smol"])
+@pytest.mark.parametrize("what", PAIRS)
+def test_what_is_given_has_no_label(tokenizers, name, what):
+    """Alone, and with other texts before it, behind it and in other rows."""
+    pair, tokenizer = PAIRS[what], tokenizers[name]
+    check_labels([[pair]], tokenizer)
+    rows = [["an owl", pair, "an owl"], [("first,", "an owl")], [pair, pair]]
+    check_labels(rows, tokenizer)
+
+
+PARTS = ["owl", "a", " ", "  ", "\n", "ö", "一", "🦩", "🐝", "7", "?", "’s"]
+part = st.lists(st.sampled_from(PARTS), max_size=6).map("".join)
+any_text = st.one_of(part, st.tuples(part, part))
+
+
+@pytest.mark.parametrize("name", ["opt", "smol"])
+@given(st.lists(st.lists(any_text, min_size=1, max_size=3), min_size=1, max_size=2))
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_labels_are_those_of_the_slow_twin(tokenizers, name, rows):
+    assume(all(whole_text(text).strip() for texts in rows for text in texts))
+    check_labels(rows, tokenizers[name])
+
+
+def test_labels_of_pairs_spell_what_is_asked(tokenizers):
+    texts = ["an owl", ("question: how many? answer:", "two"), ("an owl", "")]
+    for tokenizer in tokenizers.values():
+        batch = check_labels([texts], tokenizer)
+        kept = batch["labels"][0][batch["labels"][0] != -100]
+        wanted = "an owl<|endofchunk|> two<|endofchunk|><|endofchunk|>"
+        assert tokenizer.decode(kept) == wanted
+
+
+def test_a_pair_changes_labels_only(tokenizer):
+    """Text, mask and pictures are those of the same words in one string."""
+    features = torch.randn(2, 1, V, D_IMG)
+    pairs = [("question: is it? answer:", "yes"), ("an owl", "")]
+    one = collate([(features, pairs)], tokenizer)
+    other = collate([(features, [whole_text(pair) for pair in pairs])], tokenizer)
+    for name in ("vision_features", "lang_x", "attention_mask"):
+        assert torch.equal(one[name], other[name])
+    assert (one["labels"] != other["labels"]).any()
+    same = collate([(features, [("", whole_text(pair)) for pair in pairs])], tokenizer)
+    assert torch.equal(same["labels"], other["labels"])
+
+
+def test_whole_text():
+    assert whole_text("a lemon") == "a lemon"
+    assert whole_text(("is it?", "yes")) == "is it? yes"
+    assert whole_text(("is it?", "")) == "is it?"
+    assert whole_text(("", "yes")) == "yes"
+    assert whole_text(("", "")) == ""
+
+
+def test_interleave_takes_pairs():
+    assert interleave([("is it?", "yes"), "a tent", ("an owl", "")]) == (
+        "<image>is it? yes<|endofchunk|><image>a tent<|endofchunk|>"
+        "<image>an owl<|endofchunk|>"
+    )
+    with pytest.raises(ValueError, match="text 2"):
+        interleave(["a lemon", ("a lemon", "a <image>")])
+    with pytest.raises(ValueError, match="text 1: the caption is empty"):
+        interleave([("", "")])
+
+
+@pytest.mark.parametrize("name", ["opt", "smol"])
+def test_special_tokens_in_a_pair_are_refused(tokenizers, name):
+    """In either part, and the error says where and which."""
+    tokenizer = tokenizers[name]
+    special = {"opt": "</s>", "smol": "<|im_start|>"}[name]
+    for token in ("<image>", "<|endofchunk|>", special, tokenizer.pad_token):
+        for bad in ((f"a {token}", "owl"), ("an owl", f"{token}a"), (token, "")):
+            good = example(("first,", "an owl"), "a tent")
+            with pytest.raises(ValueError, match="row 1, text 2: take") as caught:
+                collate([good, example("a tent", bad)], tokenizer)
+            assert token in str(caught.value)
+
+
+NO_PAIRS = [("a", None), (None, "a"), (1, "a"), ("a",), ("a", "b", "c"), ()]
+NO_PAIRS += [(("a", "b"), "c"), (b"a", "b"), (["a"], "b")]
+
+
+@pytest.mark.parametrize("bad", NO_PAIRS, ids=repr)
+def test_a_pair_that_is_none_is_refused(tokenizer, bad):
+    for try_it in (
+        lambda: whole_text(bad),
+        lambda: interleave(["a tent", bad]),
+        lambda: collate([example("a tent", bad)], tokenizer),
+    ):
+        with pytest.raises(ValueError, match="want a text or") as caught:
+            try_it()
+        assert repr(bad) in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [["a", "b"], None, 3, ("", ""), (" ", "\n")], ids=repr)
+def test_no_text_at_all_is_refused(tokenizer, bad):
+    with pytest.raises(ValueError, match="row 0, text 2: the caption is empty or not"):
+        collate([example("a tent", bad)], tokenizer)
+
+
 def test_encode_pictures_is_what_the_model_sees(make_model):
     """In batches of any size, and as the model itself encodes the pixels."""
     model, image_processor, _ = make_model()
@@ -455,8 +678,11 @@ def test_encode_pictures_is_what_the_model_sees(make_model):
 
 
 def test_data_is_light():
-    """A clone stays under 25 MB of data, every weights file under 12 MB."""
+    """The default size stays under 25 MB, every weights file under 12 MB; the extra
+    size smol, which no chapter needs, under 25 MB by itself."""
     files = [p for p in Path(ROOT / "data").rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) < 25e6
-    for path in files:
+    smol = [p for p in files if p.parent.name == "smol_flamingo"]
+    assert sum(p.stat().st_size for p in set(files) - set(smol)) < 25e6
+    assert sum(p.stat().st_size for p in smol) < 25e6
+    for path in set(files) - set(smol):
         assert path.stat().st_size < 12e6, path

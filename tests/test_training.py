@@ -1,15 +1,21 @@
-"""Training: resumes to the same numbers, bit for bit; batches, losses and intervals."""
+"""Training: resumes to the same numbers, bit for bit; batches, losses and intervals.
+
+Pictures stand alone or follow each other in sequences.
+"""
 
 import errno
 import os
 import pickle
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL, random_features
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flamingo_lite import (
     batch_for_step,
@@ -17,6 +23,8 @@ from flamingo_lite import (
     caption_losses,
     checkpoints,
     collate,
+    make_batch,
+    run_settings,
     schedule,
     train,
     trained_tensors,
@@ -98,6 +106,188 @@ def test_unequal_lengths_are_refused(make_model):
     model, _, tokenizer = make_model()
     with pytest.raises(ValueError, match="5 pictures, but 4 texts"):
         train(model, tokenizer, FEATURES, TEXTS[:-1], n_steps=1)
+
+
+# -------------------------------------------------------------------------- sequences
+
+SEQUENCES = [[0, 1], [2], [3, 4, 0], [1], [4, 2], [3], [2, 2]]
+TOLD = [
+    ["a lemon", ("is it?", "a tent")],
+    [("what is this?", "a bear above a tent")],
+    [("a bee", ""), "a fox to the left of a bee", ("", "a lemon")],
+    ["a tent"],
+    ["a fox to the left of a bee", "a bear above a tent"],
+    ["a bee"],
+    [("first,", "a bear"), ("at last,", "a tent")],
+]
+
+
+def run_told(make_model, report=silent, sequences=SEQUENCES, texts=TOLD, **kwargs):
+    """Train a new model on sequences; return it and its history."""
+    model, _, tokenizer = make_model()
+    kwargs = {**SETTINGS, "report": report, "sequences": sequences, **kwargs}
+    return model, train(model, tokenizer, FEATURES, texts, **kwargs)
+
+
+def test_sequences_of_one_picture_are_pictures(make_model):
+    """The same numbers as without sequences, to the last bit."""
+    alone, history = run(make_model)
+    pictures, texts = [[i] for i in range(len(TEXTS))], [[text] for text in TEXTS]
+    told, history_told = run_told(make_model, sequences=pictures, texts=texts)
+    assert history_told == history
+    for name, tensor in trained_tensors(told).items():
+        assert torch.equal(tensor, trained_tensors(alone)[name]), name
+
+
+def test_sequences_number_the_pictures(make_model):
+    """Pictures in another order, and sequences that say so: the same again."""
+    alone, history = run(make_model)
+    model, _, tokenizer = make_model()
+    order = [3, 1, 4, 0, 2]
+    places = [[order.index(i)] for i in range(len(TEXTS))]
+    kwargs = {**SETTINGS, "report": silent, "sequences": places}
+    texts = [[text] for text in TEXTS]
+    assert train(model, tokenizer, FEATURES[order], texts, **kwargs) == history
+    for name, tensor in trained_tensors(model).items():
+        assert torch.equal(tensor, trained_tensors(alone)[name]), name
+
+
+def test_resumed_with_sequences_is_undisturbed(make_model, tmp_path):
+    straight, history = run_told(make_model)
+    checkpoint = tmp_path / "last.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run_told(make_model, stop_at(15), checkpoint=checkpoint)
+    resumed, history_again = run_told(make_model, checkpoint=checkpoint)
+    assert history_again == history
+    wanted = straight.state_dict()
+    for name, tensor in resumed.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"sequences": [*SEQUENCES[:-1], [2, 1]]},
+        {"sequences": SEQUENCES[:-1], "texts": TOLD[:-1]},
+        {"texts": [*TOLD[:-1], ["first, a bear", ("at last,", "a tent")]]},
+        {"sequences": None, "texts": TEXTS},
+    ],
+    ids=["another picture", "one less", "given or not", "none"],
+)
+def test_other_sequences_are_another_run(make_model, tmp_path, others):
+    checkpoint = tmp_path / "last.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run_told(make_model, stop_at(10), checkpoint=checkpoint, n_steps=11)
+    on_disk = checkpoint.read_bytes()
+    with pytest.raises(ValueError, match="another run.*checksum of the texts"):
+        run_told(make_model, checkpoint=checkpoint, n_steps=11, **others)
+    assert checkpoint.read_bytes() == on_disk
+    run_told(make_model, checkpoint=checkpoint, n_steps=11)
+
+
+def test_sequences_are_part_of_what_a_run_is():
+    numbers = 20, 2, 1e-3, 30.0, True, 3
+    alone = run_settings(FEATURES, TEXTS, *numbers)
+    assert alone == run_settings(FEATURES, TEXTS, *numbers, None)
+    checksums = {
+        run_settings(FEATURES, TOLD, *numbers, sequences)["checksum of the texts"]
+        for sequences in (None, SEQUENCES, SEQUENCES[:-1], SEQUENCES[::-1])
+    }
+    assert len(checksums) == 4
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array], ids=["tuples", "arrays"])
+def test_sequences_of_another_kind_are_the_same_run(make_model, tmp_path, kind):
+    """They have the same numbers, and one can go on from the other."""
+    checkpoint, settings = tmp_path / "last.pt", {"n_steps": 4, "report_every": 2}
+    history = run_told(make_model, checkpoint=checkpoint, **settings)[1]
+    others = [kind(sequence) for sequence in SEQUENCES]
+    assert run_told(make_model, sequences=others, **settings)[1] == history
+    again = run_told(make_model, sequences=others, checkpoint=checkpoint, **settings)
+    assert again[1] == history
+
+
+def test_large_arrays_of_sequences_are_told_apart(make_model, tmp_path):
+    """Also where numpy would print an ellipsis."""
+    one = np.zeros((2000, 2), dtype=int)
+    other = one.copy()
+    other[1000] = 1
+    settings = {"checkpoint": tmp_path / "last.pt", "n_steps": 1}
+    settings["texts"] = [["a lemon", "a tent"]] * 2000
+    run_told(make_model, sequences=one, **settings)
+    with pytest.raises(ValueError, match="another run"):
+        run_told(make_model, sequences=other, **settings)
+
+
+WRONG = {
+    "7 sequences, but 6 texts": (SEQUENCES, TOLD[:-1]),
+    "6 sequences, but 7 texts": (SEQUENCES[:-1], TOLD),
+    "3 pictures, but 2 texts": ([[0, 1, 2]], [["a lemon", "a tent"]]),
+    "1 pictures, but 2 texts": ([[0]], [["a lemon", "a tent"]]),
+    "1 pictures, but 7 texts": ([[0]], ["a lemon"]),
+    "the caption is empty": ([[0, 1]], [["a lemon", ("", "")]]),
+    "want a text or": ([[0, 1]], [["a lemon", ("a", None)]]),
+    "<image>": ([[0, 1]], [["a lemon", ("a", "<image>")]]),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_sequences_that_do_not_fit_are_refused(make_model, message):
+    sequences, texts = WRONG[message]
+    with pytest.raises(ValueError, match=message):
+        run_told(make_model, sequences=sequences, texts=texts)
+
+
+NOTHING = {
+    "no picture in a sequence": ([[0], []], [["a lemon"], []]),
+    "no sequences": ([], []),
+}
+
+
+@pytest.mark.parametrize("what", NOTHING)
+def test_nothing_to_train_on_is_a_clear_error(make_model, what):
+    sequences, texts = NOTHING[what]
+    with pytest.raises(ValueError):
+        run_told(make_model, sequences=sequences, texts=texts)
+
+
+@pytest.mark.parametrize("number", [5, -6])
+def test_a_picture_that_is_not_there_is_a_clear_error(make_model, number):
+    with pytest.raises((ValueError, IndexError), match=f"{number}"):
+        run_told(make_model, sequences=[[0, number]], texts=[["a lemon", "a tent"]])
+
+
+def test_make_batch_picks_pictures_and_texts(make_model):
+    _, _, tokenizer = make_model()
+    batch = make_batch([4, 0], FEATURES, TOLD, tokenizer, "cpu", SEQUENCES)
+    wanted = torch.stack([FEATURES[[4, 2]], FEATURES[[0, 1]]]).float()
+    assert torch.equal(batch["vision_features"], wanted)
+    examples = [(FEATURES[[4, 2]], TOLD[4]), (FEATURES[[0, 1]], TOLD[0])]
+    for name, tensor in collate(examples, tokenizer).items():
+        assert torch.equal(batch[name], tensor)
+
+
+def test_caption_losses_of_sequences_equal_a_loop(small):
+    """Rows of one to three pictures in one batch, and each alone."""
+    model, _, tokenizer = small
+    losses = caption_losses(model, tokenizer, FEATURES, TOLD, 4, SEQUENCES)
+    assert losses.shape == (len(SEQUENCES),) and losses.isfinite().all()
+    for pictures, texts, loss in zip(SEQUENCES, TOLD, losses, strict=True):
+        batch = collate([(FEATURES[pictures], texts)], tokenizer)
+        with torch.no_grad():
+            alone = model(None, **batch).loss.item()
+        assert alone == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_what_is_given_is_not_learned(small):
+    """The loss of a pair is that of its asked tokens, and not that of the whole."""
+    model, _, tokenizer = small
+    pairs = [("a bear above", "a tent"), ("a bear", "above a tent"), ("", TEXTS[2])]
+    some = FEATURES[:1].expand(3, -1, -1, -1)
+    losses = caption_losses(model, tokenizer, some, pairs)
+    (whole,) = caption_losses(model, tokenizer, some[:1], TEXTS[2:3])
+    assert losses[2].item() == pytest.approx(whole.item(), abs=1e-5)
+    assert len({round(loss, 3) for loss in losses.tolist()}) == 3
 
 
 # -------------------------------------------------------- checkpoints that do not fit
@@ -237,7 +427,7 @@ OTHERS = {
         "features": FEATURES[:-1],
         "texts": TEXTS[:-1],
     },
-    "checksum of the captions": {"texts": [*TEXTS[:-1], "a bee"]},
+    "checksum of the texts": {"texts": [*TEXTS[:-1], "a bee"]},
     "perceiver.latents is ((4, 32), torch.float32) there, ((6, 32), torch.float32)": {
         "perceiver_kwargs": {**SMALL["perceiver_kwargs"], "num_latents": 6}
     },
@@ -383,22 +573,76 @@ def test_without_hard_links_a_checkpoint_is_written_all_the_same(
 @pytest.mark.parametrize("n_pictures, batch_size", [(10, 5), (11, 5), (7, 3)])
 def test_batches_are_known_from_the_seed(n_pictures, batch_size):
     """An epoch shows no picture twice; another epoch has another order."""
-    per_epoch = n_pictures // batch_size
-    batches = [
-        batch_for_step(n_pictures, batch_size, s, 0) for s in range(2 * per_epoch)
-    ]
-    again = [batch_for_step(n_pictures, batch_size, s, 0) for s in range(2 * per_epoch)]
+    per_epoch, lengths = n_pictures // batch_size, (1,) * n_pictures
+    steps = range(2 * per_epoch)
+    batches = [batch_for_step(lengths, batch_size, step, 0) for step in steps]
+    again = [batch_for_step(lengths, batch_size, step, 0) for step in steps]
     assert batches == again
     for epoch in (batches[:per_epoch], batches[per_epoch:]):
         shown = sum(epoch, [])
         assert len(shown) == len(set(shown)) == per_epoch * batch_size
         assert set(shown) <= set(range(n_pictures))
     assert batches[:per_epoch] != batches[per_epoch:]
-    assert batches[0] != batch_for_step(n_pictures, batch_size, 0, 1)
+    assert batches[0] != batch_for_step(lengths, batch_size, 0, 1)
 
 
 def test_fewer_pictures_than_a_batch():
-    assert sorted(batch_for_step(3, 8, step=4, seed=0)) == [0, 1, 2]
+    assert sorted(batch_for_step((1, 1, 1), 8, step=4, seed=0)) == [0, 1, 2]
+
+
+def batches_of_an_epoch(lengths, batch_size):
+    """How many batches an epoch should have."""
+    n_batches = 0
+    for T_img in set(lengths):
+        n_batches += max(1, lengths.count(T_img) // max(1, batch_size // T_img))
+    return n_batches
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=30).map(tuple),
+    st.integers(1, 12),
+    st.integers(0, 2**32),
+)
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_batches_of_sequences(lengths, batch_size, seed):
+    """One length in a batch, about so many pictures; an epoch repeats nothing."""
+    per_epoch = batches_of_an_epoch(lengths, batch_size)
+    for epoch in range(3):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        batches = [batch_for_step(lengths, batch_size, step, seed) for step in steps]
+        shown = sum(batches, [])
+        assert len(shown) == len(set(shown))
+        assert set(shown) <= set(range(len(lengths)))
+        for rows in batches:
+            (T_img,) = {lengths[row] for row in rows}
+            wanted = max(1, batch_size // T_img)  # sequences
+            assert len(rows) == min(wanted, lengths.count(T_img))
+        for T_img in set(lengths):  # what waits does not fill a batch
+            n = sum(lengths[row] == T_img for row in shown)
+            rows = max(1, batch_size // T_img)
+            assert 0 <= lengths.count(T_img) - n < rows
+
+
+def test_what_waited_comes_in_another_epoch():
+    """Long and short are mixed, and in the end all have been shown about as often."""
+    lengths = (1,) * 11 + (2,) * 5 + (3,) * 4
+    per_epoch = batches_of_an_epoch(lengths, 4)  # 2 + 2 + 4 batches
+    assert per_epoch == 8
+    n_epochs, shown, kinds = 60, Counter(), Counter()
+    for step in range(n_epochs * per_epoch):
+        rows = batch_for_step(lengths, 4, step, seed=0)
+        shown.update(rows)
+        kinds[step % per_epoch, lengths[rows[0]]] += 1
+    assert set(shown) == set(range(len(lengths)))
+    assert min(shown.values()) > 0.5 * n_epochs
+    assert len(kinds) == 3 * per_epoch, "some length always comes at the same place"
+
+
+def test_a_batch_may_be_changed_without_harm():
+    rows = batch_for_step((1,) * 6, 3, step=0, seed=0)
+    before = list(rows)
+    rows.reverse()
+    assert batch_for_step((1,) * 6, 3, step=0, seed=0) == before
 
 
 def test_schedule():

@@ -37,11 +37,15 @@ from flamingo_lite.tasks import TASKS  # noqa: E402
 
 # How many of each in an epoch; stories and prompts hold several pictures.
 SHARES = {
-    "captions": 60_000,
-    "questions": 5_000,  # of each of the four tasks
+    "captions": 50_000,
+    "where": 5_000,
+    "how many": 3_000,
+    "is there": 14_000,
+    "what kind": 4_000,
+    "what is this": 8_000,
     "stories": 2_200,
-    "task prompts": 2_400,
-    "naming prompts": 5_200,
+    "task prompts": 2_600,
+    "naming prompts": 3_200,
     "pool": 4_000,  # pictures that the prompts of each kind draw on
 }
 
@@ -93,12 +97,11 @@ class Lessons:
             alone = [[first + i] for i in range(len(scenes))]
             self.add(alone, [[scene["text"]] for scene in scenes])
 
-    def questions(self, rows, n, seed):
-        for task in TASKS:
-            tasks = make_tasks(rows, n, seed, task)
-            first = self.show([t["picture"] for t in tasks])
-            texts = [[(t["given"], t["asked"])] for t in tasks]
-            self.add([[first + i] for i in range(n)], texts)
+    def questions(self, rows, task, n, seed):
+        tasks = make_tasks(rows, n, seed, task)
+        first = self.show([t["picture"] for t in tasks])
+        texts = [[(t["given"], t["asked"])] for t in tasks]
+        self.add([[first + i] for i in range(n)], texts)
 
     def stories(self, rows, n, seed):
         stories = make_stories(rows, n, seed)
@@ -117,7 +120,7 @@ class Lessons:
         rng, scenes = np.random.default_rng((seed, 3)), make_counts(rows, n_pool, seed)
         first = self.show([scene["picture"] for scene in scenes])
         episodes = [
-            task_episode(rng, scenes, str(rng.choice(QUESTIONS)), rng.integers(1, 9))
+            task_episode(rng, scenes, str(rng.choice(QUESTIONS)), rng.integers(1, 17))
             for _ in range(n)
         ]
         self.episodes(episodes, first)
@@ -155,7 +158,8 @@ def make_lessons(model, image_processor, seed=100, shares=None, report=print):
     with tempfile.TemporaryDirectory() as folder:
         rows = with_outlines(rows, folder)
         lessons.captions(rows, n["captions"], seed)
-        lessons.questions(rows, n["questions"], seed + 1)
+        for task in TASKS:
+            lessons.questions(rows, task, n[task], seed + 1)
         lessons.stories(rows, n["stories"], seed + 2)
         lessons.task_prompts(rows, n["task prompts"], n["pool"], seed + 3)
         lessons.naming_prompts(rows, n["naming prompts"], n["pool"], seed + 4)
@@ -170,7 +174,8 @@ def main():
     rows = [row for row in rows if row["named"] and row["trained"]]
     lessons = Lessons(lambda pictures: torch.zeros(len(pictures)), lambda line: None)
     lessons.captions(rows, 2, args.seed)
-    lessons.questions(rows, 1, args.seed)
+    for task in TASKS:
+        lessons.questions(rows, task, 1, args.seed)
     lessons.stories(rows, 1, args.seed)
     lessons.task_prompts(rows, 2, 200, args.seed)
     lessons.naming_prompts(rows, 2, 800, args.seed)

@@ -49,7 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path)
     paths = parser.parse_args().notebooks or sorted(
-        (ROOT / "book").glob("[0-9]*.ipynb")
+        (ROOT / "book").glob("[0-9A-Z]*.ipynb")
     )
     os.environ.setdefault("FLAMINGO_LITE_SIZE", "tiny")
     for path in paths:

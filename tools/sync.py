@@ -102,7 +102,7 @@ def main():
     setup = SETUP.format(**repository)
     slug = repository["url"].removeprefix("https://github.com/")
     wanted, home = {}, {}
-    for path in sorted((ROOT / "book").glob("[0-9]*.ipynb")):
+    for path in sorted((ROOT / "book").glob("[0-9A-Z]*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         found = [c for c in notebook.cells if "setup" in c.metadata.get("tags", [])]
         if len(found) != 1:

@@ -9,10 +9,11 @@ It learns from all of tools/lessons.py: captions, questions, stories and prompts
         --checkpoints FOLDER                       a look at it
 
 Writes data/tiny_flamingo: flamingo.safetensors (8 and 16 bits), config.json,
-training.log.
+training.log and history.json (loss and gates).
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -43,11 +44,22 @@ def shrink(path):
     save_file(tensors, path)
 
 
+def write_history(path, history, every=40):
+    """Mean loss of each `every` steps, and the gates then, as JSON lines in a list."""
+    entries = []
+    for end in range(every, len(history) + 1, every):
+        loss = sum(note["loss"] for note in history[end - every : end]) / every
+        gates = history[end - 1]["gates"]
+        entries.append({"step": end, "loss": round(loss, 4), "gates": gates})
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    path.write_text(f"[\n{lines}\n]\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     share = {"type": float, "default": 1.0, "help": "of the lessons, for a look"}
     parser.add_argument("--share", **share)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -74,7 +86,7 @@ def main():
         print(line, flush=True)
         log.append(line[: line.index("loss") + 10])  # not the pace
 
-    train(
+    history = train(
         model,
         tokenizer,
         features,
@@ -108,6 +120,7 @@ def main():
         print(log[-1], flush=True)
     save_flamingo(model, args.out, dtype=torch.float16)
     shrink(args.out / "flamingo.safetensors")
+    write_history(args.out / "history.json", history)
     (args.out / "training.log").write_text("\n".join(log) + "\n")
 
 
