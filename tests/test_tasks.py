@@ -266,8 +266,11 @@ def read_answer(task, question, picture):
         (other,) = set(seen) - {named}
         assert relation in relations_of(seen, other, named)
         return THINGS[other][1]
-    assert question == "what kind of thing is this?"
     (thing,) = seen
+    if task == "what is this":
+        assert question == "what is this?"
+        return THINGS[thing][1]
+    assert question == "what kind of thing is this?"
     return THINGS[thing][3]
 
 
@@ -299,6 +302,9 @@ def test_every_answer_takes_its_turn(rows):
     pattern = "to the left of|to the right of|above|below"
     relations = Counter(re.search(pattern, one["given"])[0] for one in asked["where"])
     assert len(relations) == 4 and all(70 <= n <= 130 for n in relations.values())
+    names = Counter(one["asked"] for one in asked["what is this"])
+    assert set(names) == {name for _, name, *_ in THINGS.values()}
+    assert min(names.values()) >= 15  # 33 - 3 deviations
     kinds = {one["asked"] for one in asked["what kind"]}
     assert kinds == {kind for *_, kind in THINGS.values()}
 
@@ -344,6 +350,17 @@ def test_where_needs_a_pair(rows):
     with pytest.raises(ValueError, match="1 things, and no pair"):
         make_tasks(alone, 3, 0, "where")
     assert len(make_tasks(alone, 3, 0, "what kind")) == 3
+
+
+def test_the_same_picture_can_be_asked_for_its_name_or_its_number(rows):
+    """So that the question, not the picture, says what is wanted."""
+    names, numbers = (
+        make_tasks(rows, 40, 9, task) for task in ("what is this", "how many")
+    )
+    for one, other in zip(names, numbers, strict=True):
+        assert one["picture"].tobytes() == other["picture"].tobytes()
+        assert one["things"] == other["things"] and one["given"] != other["given"]
+    assert len({components(*see(one["picture"]).values()) for one in names}) == 4
 
 
 @pytest.mark.parametrize("task", ["colour", "", None, "Where"])
