@@ -300,7 +300,9 @@ def collate(examples, tokenizer):
             check_text(whole_text(text), where, special_tokens)
     pictures = [features.float() for features, _ in examples]
     lines = [interleave(texts) for _, texts in examples]
-    batch = tokenizer(lines, padding=True, padding_side="right", return_tensors="pt")
+    settings = {"padding_side": "right", "return_offsets_mapping": True}
+    batch = tokenizer(lines, padding=True, return_tensors="pt", **settings)
+    starts, ends = batch.offset_mapping.unbind(dim=2)  # (B, T_txt), in characters
     T_txt, most = batch.input_ids.shape[1], tokenizer.model_max_length
     if T_txt > most:
         row = int(batch.attention_mask.sum(dim=1).argmax())
@@ -309,8 +311,8 @@ def collate(examples, tokenizer):
     labels = make_labels(batch.input_ids, media, eoc, batch.attention_mask)
     for row, (_, texts) in enumerate(examples):
         for start, end in _given(texts):
-            told = [batch.char_to_token(row, i) for i in range(start, end)]
-            labels[row, [i for i in told if i is not None]] = IGNORE
+            told = (starts[row] < end) & (ends[row] > start)  # (T_txt,)
+            labels[row, told] = IGNORE
     return {
         "vision_features": torch.nn.utils.rnn.pad_sequence(pictures, batch_first=True),
         "lang_x": batch.input_ids,

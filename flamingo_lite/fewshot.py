@@ -77,9 +77,9 @@ def naming_episode(rng, groups, n_ways, n_shots, query_studios=()):
     things = rng.choice(usable, n_ways, replace=False).tolist()
     words = {}
     while len(words) < n_ways:
-        word = with_article(made_up(rng))
-        if word not in words.values():
-            words[things[len(words)]] = word
+        name = made_up(rng)
+        if name not in groups and with_article(name) not in words.values():
+            words[things[len(words)]] = with_article(name)
     asked = things[int(rng.integers(n_ways))]
     last = str(rng.choice(sorted(apart & set(groups[asked]) or groups[asked])))
     shown = [thing for _ in range(n_shots) for thing in rng.permutation(things)]
@@ -126,9 +126,9 @@ def spoil(rng, episode, how, groups=None):
     if how == "no pictures":
         shown = [-1] * len(shown)
     elif how == "wrong pictures":
-        inside = set(episode.get("words", ()))
+        inside = set(episode.get("words", episode["texts"]))
         hands = [h for t in groups if t not in inside for h in groups[t].values()]
-        outside = [n for numbers in hands for n in numbers if n not in shown]
+        outside = [n for hand in hands for n in hand if n not in episode["numbers"]]
         shown = rng.choice(outside, len(shown), replace=False).tolist()
     elif how == "shuffled texts":
         kinds = list(dict.fromkeys(texts))
@@ -205,7 +205,8 @@ def answer_in_words(lm, tokenizer, episodes, scenes, batch_size=50):
         some = prompts[start : start + batch_size]
         batch = tokenizer(some, padding=True, padding_side="left", return_tensors="pt")
         ids = lm.generate(**_inputs(batch), max_new_tokens=8, do_sample=False)
-        found += tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :])
+        new = ids[:, batch.input_ids.shape[1] :]  # (some, new)
+        found += tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.split(".")[0].strip() for text in found]
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import tempfile
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -210,9 +209,12 @@ def smollm2_folder():
         lm.save_pretrained(unfinished)
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file.name)
         tokenizer.save_pretrained(unfinished)
-        with suppress(OSError):  # somebody else was faster
+        try:
             os.replace(unfinished, folder)
             os.mkdir(unfinished)
+        except OSError:
+            if not (folder / "config.json").is_file():  # nobody else was faster
+                raise
     return str(folder)
 
 
@@ -232,8 +234,9 @@ def build_flamingo(size=None, **kwargs):
     if size not in SIZES:
         raise ValueError(f"no size {size!r}; there are {', '.join(map(repr, SIZES))}")
     settings = {**SIZES[size], **kwargs}
-    if "lang_encoder_path" not in settings:
-        settings["lang_encoder_path"] = settings["tokenizer_path"] = smollm2_folder()
+    for part in ("lang_encoder_path", "tokenizer_path"):
+        if part not in settings:
+            settings[part] = smollm2_folder()
     built = create_model_and_transforms(**settings)
     backbones = built[0].config["backbones"]
     built[0].config = {"size": size, **kwargs, "backbones": backbones}

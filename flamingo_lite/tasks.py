@@ -47,6 +47,7 @@ def with_article(name):
 def plural(name):
     """More than one of it."""
     odd = {"mouse": "mice", "fish": "fish", "cactus": "cacti", "dice": "dice"}
+    odd["snowman"] = "snowmen"
     if name in odd:
         return odd[name]
     if name.endswith("leaf"):

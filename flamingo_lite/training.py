@@ -145,7 +145,7 @@ def batch_for_step(lengths, batch_size, step, seed):
     """
     per_epoch = len(_epoch(lengths, batch_size, seed, 0))
     epoch, number = divmod(step, per_epoch)
-    return _epoch(lengths, batch_size, seed, epoch)[number]
+    return list(_epoch(lengths, batch_size, seed, epoch)[number])
 
 
 def make_batch(rows, features, texts, tokenizer, device, sequences=None):
@@ -247,10 +247,13 @@ def train(
     """
     n, what = len(features), "pictures"
     if sequences is not None:
+        sequences = [[int(number) for number in one] for one in sequences]
         n, what = len(sequences), "sequences"
     if n != len(texts):
         raise ValueError(f"{n} {what}, but {len(texts)} texts")
     lengths = (1,) * n if sequences is None else tuple(map(len, sequences))
+    if not n or not all(lengths):
+        raise ValueError(f"there are no {what}, or one of them has no picture")
     numbers = n_steps, batch_size, lr, gate_factor, with_muon, seed
     settings = run_settings(features, texts, *numbers, sequences)
     device = next(model.parameters()).device
