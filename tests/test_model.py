@@ -844,7 +844,7 @@ def test_a_config_of_something_else_is_named(saved, text):
 
 
 def test_unknown_size_lists_the_known_ones(saved, monkeypatch):
-    with pytest.raises(ValueError, match="'huge'.*'tiny', 'paper'"):
+    with pytest.raises(ValueError, match="'huge'.*'tiny', 'smol', 'paper'"):
         build_flamingo("huge")
     monkeypatch.setenv("FLAMINGO_LITE_SIZE", "enormous")
     with pytest.raises(ValueError, match="'enormous'"):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What the shipped Flamingos are trained on: captions, questions, stories, prompts.
 
-`python tools/lessons.py` prints one of each. `make_lessons` is what the training
-scripts call. Nothing here is drawn by Twemoji or OpenMoji, or shows a thing that is
+`python tools/lessons.py` prints one of each. `teach` is what the training scripts
+call. Nothing here is drawn by Twemoji or OpenMoji, or shows a thing that is
 kept unnamed, or a pair that is held out.
 """
 
@@ -30,6 +30,7 @@ from flamingo_lite import (  # noqa: E402
     naming_episode,
     task_episode,
     to_learn,
+    train,
 )
 from flamingo_lite.data import interleave  # noqa: E402
 from flamingo_lite.fewshot import QUESTIONS  # noqa: E402
@@ -164,6 +165,41 @@ def make_lessons(model, image_processor, seed=100, shares=None, report=print):
         lessons.task_prompts(rows, n["task prompts"], n["pool"], seed + 3)
         lessons.naming_prompts(rows, n["naming prompts"], n["pool"], seed + 4)
     return torch.cat(lessons.features), lessons.texts, lessons.sequences
+
+
+def teach(built, shares, seed, report_every, args):
+    """Train on lessons with the function of chapter 9: (history, lines for a log).
+
+    Args:
+        built: model, image processor, tokenizer, from `build_flamingo`.
+        shares: see `make_lessons`.
+        seed: of the lessons.
+        report_every: see `train`.
+        args: with steps, batch_size, lr, seed and checkpoints, a folder.
+    """
+    model, image_processor, tokenizer = built
+    log = [f"seed {args.seed} steps {args.steps} lr {args.lr} lessons {shares}"]
+
+    def report(line):
+        print(line, flush=True)
+        log.append(line[: line.index("loss") + 10])  # not the pace
+
+    features, texts, sequences = make_lessons(model, image_processor, seed, shares)
+    history = train(
+        model,
+        tokenizer,
+        features,
+        texts,
+        n_steps=args.steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
+        checkpoint=args.checkpoints / "last.pt",
+        report_every=report_every,
+        report=report,
+        sequences=sequences,
+    )
+    return history, log
 
 
 def main():

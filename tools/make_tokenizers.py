@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Make the tokenizers of the tiny language model and of the tiny CLIP's text tower.
 
-One byte-level BPE vocabulary, learned from the text that the tiny OPT is trained on,
-saved twice: for the OPT with its special tokens in OPT's places (<pad> 1, </s> 2, put
-first), and for the CLIP with an <end> token that has the highest id, where open_clip's
-text tower pools.
+One byte-level BPE vocabulary, learned from the text of tiny_text.py and saved twice:
+for the OPT with its special tokens in OPT's places (<pad> 1, </s> 2, put first), and
+for the CLIP with an <end> token that has the highest id, where open_clip's text tower
+pools. The tokenizers in data/ were learned before the text got its lines that come
+back, and are kept, since the CLIP's weights go with them: a run today makes others.
 
     python tools/make_tokenizers.py
 """

@@ -21,14 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from lessons import make_lessons  # noqa: E402
+from lessons import teach  # noqa: E402
 
-from flamingo_lite import (  # noqa: E402
-    build_flamingo,
-    load_flamingo,
-    save_flamingo,
-    train,
-)
+from flamingo_lite import build_flamingo, load_flamingo, save_flamingo  # noqa: E402
 
 SHARES = {
     "captions": 6000,
@@ -61,33 +56,12 @@ def main():
     torch.manual_seed(args.seed)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
 
-    model, image_processor, tokenizer = build_flamingo("smol")
+    built = build_flamingo("smol")
     tiny, _, _ = load_flamingo("tiny")
+    model = built[0]
     model.perceiver.load_state_dict(tiny.perceiver.state_dict())
     shares = {name: int(n * args.share) for name, n in SHARES.items()}
-    features, texts, sequences = make_lessons(
-        model, image_processor, 200 + args.seed, shares
-    )
-    log = [f"seed {args.seed} steps {args.steps} lr {args.lr} lessons {shares}"]
-
-    def report(line):
-        print(line, flush=True)
-        log.append(line[: line.index("loss") + 10])  # not the pace
-
-    train(
-        model,
-        tokenizer,
-        features,
-        texts,
-        n_steps=args.steps,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-        checkpoint=args.checkpoints / "last.pt",
-        report_every=50,
-        report=report,
-        sequences=sequences,
-    )
+    _, log = teach(built, shares, 200 + args.seed, 50, args)
     save_flamingo(model, args.out, dtype=torch.float16)
     (args.out / "training.log").write_text("\n".join(log) + "\n")
 

@@ -3,7 +3,7 @@
 
 It learns from all of tools/lessons.py: captions, questions, stories and prompts.
 
-    python tools/train_tiny_flamingo.py            under an hour on two cores; resumes
+    python tools/train_tiny_flamingo.py            about an hour on two cores; resumes
                                                    where it stopped
     python tools/train_tiny_flamingo.py --steps 20 --share 0.01 --out FOLDER \\
         --checkpoints FOLDER                       a look at it
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from lessons import SHARES, make_lessons  # noqa: E402
+from lessons import SHARES, teach  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from flamingo_lite import (  # noqa: E402
@@ -31,7 +31,6 @@ from flamingo_lite import (  # noqa: E402
     make_scenes,
     save_flamingo,
     score_captions,
-    train,
 )
 
 
@@ -75,31 +74,9 @@ def main():
 
     named = [row for row in load_captions(ROOT / "data" / "emoji") if row["named"]]
     rows = [row for row in named if row["trained"]]
-    model, image_processor, tokenizer = build_flamingo("tiny")
+    built = model, image_processor, tokenizer = build_flamingo("tiny")
     shares = {name: int(n * args.share) for name, n in SHARES.items() if name != "pool"}
-    features, texts, sequences = make_lessons(
-        model, image_processor, 100 + args.seed, shares
-    )
-    log = [f"seed {args.seed} steps {args.steps} lr {args.lr} lessons {shares}"]
-
-    def report(line):
-        print(line, flush=True)
-        log.append(line[: line.index("loss") + 10])  # not the pace
-
-    history = train(
-        model,
-        tokenizer,
-        features,
-        texts,
-        n_steps=args.steps,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-        checkpoint=args.checkpoints / "last.pt",
-        report_every=200,
-        report=report,
-        sequences=sequences,
-    )
+    history, log = teach(built, shares, 100 + args.seed, 200, args)
     unseen = {
         studio: [row for row in named if row["studio"] == studio]
         for studio in ("twemoji", "openmoji")
