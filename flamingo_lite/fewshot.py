@@ -116,19 +116,22 @@ def spoil(rng, episode, how, groups=None):
         how: "no pictures", each demonstration has the last picture of all, number -1,
             which should be a blank one; "wrong pictures", pictures of other things than
             the prompt names, taken from `groups`; "shuffled texts", each text is
-            replaced by another one of the prompt, everywhere by the same.
+            replaced by another one of the prompt, everywhere by the same. If all its
+            texts are one and the same, that changes nothing.
 
     Raises:
-        ValueError: an unknown way.
+        ValueError: an unknown way, or too few other pictures in `groups`.
     """
     *shown, asked = episode["numbers"]
     *texts, answer = episode["texts"]
     if how == "no pictures":
         shown = [-1] * len(shown)
     elif how == "wrong pictures":
-        inside = set(episode.get("words", episode["texts"]))
+        inside, groups = set(episode.get("words", episode["texts"])), groups or {}
         hands = [h for t in groups if t not in inside for h in groups[t].values()]
         outside = [n for hand in hands for n in hand if n not in episode["numbers"]]
+        if len(outside) < len(shown):
+            raise ValueError(f"want {len(shown)} other pictures, got {len(outside)}")
         shown = rng.choice(outside, len(shown), replace=False).tolist()
     elif how == "shuffled texts":
         kinds = list(dict.fromkeys(texts))
@@ -182,9 +185,17 @@ def answer(model, tokenizer, features, episodes, batch_size=50, **kwargs):
     return caption(model, None, tokenizer, pictures, prompts, **settings)
 
 
+def in_words(episode, scenes):
+    """A naming prompt for a language model alone: names stand for the pictures."""
+    names = [scenes[number]["things"][0] for number in episode["numbers"]]
+    turns = zip(names, episode["texts"][:-1], strict=False)
+    told = "".join(f"{name}: this is {text}. " for name, text in turns)
+    return f"{told}{names[-1]}: this is"
+
+
 @torch.no_grad()
 def answer_in_words(lm, tokenizer, episodes, scenes, batch_size=50):
-    """The same prompts for a language model alone: names stand for the pictures.
+    """What a language model alone writes at the end of the same prompts in words.
 
     Args:
         lm: a language model from transformers, with `tokenizer`.
@@ -193,14 +204,9 @@ def answer_in_words(lm, tokenizer, episodes, scenes, batch_size=50):
         batch_size: prompts at a time.
 
     Returns:
-        list of strings, as many words as the right answer has.
+        list of strings, what it writes up to a full stop.
     """
-    prompts, found = [], []
-    for episode in episodes:
-        names = [scenes[number]["things"][0] for number in episode["numbers"]]
-        turns = zip(names, episode["texts"][:-1], strict=False)
-        told = "".join(f"{name}: this is {text}. " for name, text in turns)
-        prompts.append(f"{told}{names[-1]}: this is")
+    prompts, found = [in_words(episode, scenes) for episode in episodes], []
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
         batch = tokenizer(some, padding=True, padding_side="left", return_tensors="pt")

@@ -27,6 +27,8 @@ KINDS = {
     "garment": "crown top_hat shirt dress backpack",
 }
 KIND_OF = {t.replace("_", " "): kind for kind in KINDS for t in KINDS[kind].split()}
+PLURALS = {"mouse": "mice", "fish": "fish", "cactus": "cacti", "dice": "dice"}
+PLURALS["snowman"] = "snowmen"
 NUMBERS = ("one", "two", "three", "four")
 OPPOSITES = {"to the left of": "to the right of", "above": "below"}
 TASKS = ("where", "how many", "is there", "what kind", "what is this")
@@ -46,10 +48,8 @@ def with_article(name):
 
 def plural(name):
     """More than one of it."""
-    odd = {"mouse": "mice", "fish": "fish", "cactus": "cacti", "dice": "dice"}
-    odd["snowman"] = "snowmen"
-    if name in odd:
-        return odd[name]
+    if name in PLURALS:
+        return PLURALS[name]
     if name.endswith("leaf"):
         return name[:-1] + "ves"
     if name.endswith(("s", "x", "sh", "ch", "tomato")):
@@ -65,7 +65,7 @@ def how_many(number, thing):
 
 
 def made_up(rng):
-    """A word that names nothing here: 'dax', 'wuggo', …"""
+    """A word that can be said and is meant to name nothing: 'wug', 'toma', …"""
     consonants, vowels = list("bdfgklmnprstvwz"), list("aeiou")
     word = rng.choice(consonants) + rng.choice(vowels) + rng.choice(consonants)
     if rng.random() < 0.5:
@@ -147,7 +147,8 @@ def ask(rng, task, scene, things):
         opposite = OPPOSITES[relation]
         return f"what is {opposite} the {one}?", with_article(other), shown
     if task == "is there":
-        absent = [thing for thing in things if thing not in shown]
+        # "umbrella" is in "beach umbrella": who sees the one sees the other.
+        absent = [t for t in things if not any(t in name for name in shown)]
         there = rng.random() < 0.5
         thing = str(rng.choice(shown if there else absent))
         return f"is there {with_article(thing)}?", "yes" if there else "no", shown

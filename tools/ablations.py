@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Short runs with one part of the Flamingo changed, beside runs with all as it is.
 
-    python tools/ablations.py                    half an hour on two cores
+    python tools/ablations.py                    an hour on two cores
     python tools/ablations.py --steps 20 --seeds 1 --scenes 400 --out FILE    a look
 
 Each variant is trained with the function of chapter 9, from several seeds, on the same
@@ -173,7 +173,7 @@ def write(path, runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--scenes", type=int, default=5000)
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,25 +1,30 @@
 #!/usr/bin/env python3
 """Accuracy against number of demonstrations, with all controls, of a shipped Flamingo.
 
-    python tools/measure_fewshot.py smol     some ten minutes on two cores
+    python tools/measure_fewshot.py smol     a quarter of an hour on two cores
     python tools/measure_fewshot.py tiny     the same for the tiny one
     python tools/measure_fewshot.py tiny --prompts 4 --out FILE    a look
 
 Prompts as in chapter 10: tasks on things with names, made-up words for things that no
 Flamingo was trained to name, the question drawn by another studio than the
 demonstrations. Writes data/SIZE_flamingo/fewshot.json, a line for each setting: the
-marks, 0 or 1, of every prompt. Chapter 10 draws it.
+marks, 0 or 1, of every prompt. A line that is there already is not measured again:
+delete the file to start anew. Chapter 10 draws it.
 """
 
 import argparse
+import copy
+import itertools
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
@@ -27,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from flamingo_lite import (  # noqa: E402
     answer,
     answer_in_words,
+    caption,
     encode_pictures,
     load_captions,
     load_flamingo,
@@ -35,25 +41,28 @@ from flamingo_lite import (  # noqa: E402
     make_scenes,
     nearest,
 )
-from flamingo_lite.fewshot import QUESTIONS  # noqa: E402
+from flamingo_lite.fewshot import QUESTIONS, in_words  # noqa: E402
 from flamingo_lite.loading import DATA, smollm2_folder  # noqa: E402
 
 WAYS = (None, "no pictures", "wrong pictures", "shuffled texts")
+UNSEEN = "twemoji", "openmoji"
 
 
 class Bench:
     """A Flamingo, its pictures, and what it answers."""
 
-    def __init__(self, size, n_prompts, n_seeds):
+    def __init__(self, size, n_prompts, n_seeds, out):
         self.model, self.image_processor, self.tokenizer = load_flamingo(size)
         folder = smollm2_folder() if size == "smol" else DATA / "tiny_opt"
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.lm = lm.eval()
         self.lm_tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.n, self.seeds, self.rows = n_prompts, range(n_seeds), []
+        self.n, self.seeds, self.out = n_prompts, range(n_seeds), out
+        self.rows = json.loads(out.read_text()) if out.exists() else []
         rows = load_captions(ROOT / "data" / "emoji")
-        known = [row for row in rows if row["named"] and row["trained"]]
-        self.counts = make_counts(known, 600, seed=21)
+        self.named = [row for row in rows if row["named"]]
+        self.known = [row for row in self.named if row["trained"]]
+        self.counts = make_counts(self.known, 600, seed=21)
         unnamed = [row for row in rows if not row["named"]]
         self.singles = make_scenes(unnamed, 2000, seed=22, pairs=0.0)
         self.count_features = self.encode(self.counts)
@@ -72,11 +81,17 @@ class Bench:
             self.model.vision_encoder, self.image_processor, pictures
         )
 
-    def note(self, what, n_shots, how, marks, **more):
-        """Keep a line, and say it."""
+    def note(self, what, n_shots, how, measure, **more):
+        """Measure a line, say it and keep it; one that the file has already is kept."""
         line = {"what": what, "shots": n_shots, "how": how or "right", **more}
-        self.rows.append({**line, "marks": [int(mark) for mark in marks]})
+        if any(line.items() <= row.items() for row in self.rows):
+            return
+        marks = measure()
         print(line, f"{sum(marks) / len(marks):.3f}", flush=True)
+        self.rows.append({**line, "marks": [int(mark) for mark in marks]})
+        lines = ",\n".join(json.dumps(row) for row in self.rows)
+        Path(f"{self.out}.tmp").write_text(f"[\n{lines}\n]\n")
+        os.replace(f"{self.out}.tmp", self.out)
 
     def episodes(self, scenes, n_shots, how=None, **sort):
         """Of all seeds."""
@@ -86,54 +101,148 @@ class Bench:
             for episode in make_episodes(scenes, self.n, seed, n_shots, how=how, **sort)
         ]
 
-    def right(self, episodes, features):
-        """Marks of the model's answers."""
+    def marks(self, scenes, features, n_shots, how, **sort):
+        """Is each of the model's answers right?"""
+        episodes = self.episodes(scenes, n_shots, how, **sort)
         said = answer(self.model, self.tokenizer, features, episodes)
         return [a == e["answer"] for a, e in zip(said, episodes, strict=True)]
 
+    def captions(self, n=200):
+        """Without demonstrations: captions of test scenes, word for word."""
+        of = {s: [r for r in self.named if r["studio"] == s] for s in UNSEEN}
+        sets = {s: make_scenes(of[s], n, seed=24, pairs=0.0) for s in UNSEEN}
+        sets["trained studios"] = make_scenes(self.known, n, seed=24, pairs=0.0)
+        sets["held-out pairs"] = make_scenes(self.known, n, 25, 1.0, held_out=True)
+        for name, scenes in sets.items():
+            self.note("caption", 0, None, partial(self.caption_marks, scenes), set=name)
+
+    def caption_marks(self, scenes):
+        """Is each caption right?"""
+        pictures = [scene["picture"] for scene in scenes]
+        said = caption(self.model, self.image_processor, self.tokenizer, pictures)
+        return [a == scene["text"] for a, scene in zip(said, scenes, strict=True)]
+
+    def first_tokens(self, n=200):
+        """Of captions of two things: is each name's first token the likeliest?
+
+        With the words before it as they should be; as trained, and with the tokenizer's
+        end-of-text token put first, as a start for a language model that has none.
+        """
+        scenes = make_scenes(self.known, n, seed=26, pairs=1.0)
+        features = self.encode(scenes)
+        start = self.lm_tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        for how, given in ((None, []), ("start token", [start])):
+            for number, name in enumerate(("first thing", "second thing")):
+                measure = partial(self.token_marks, scenes, features, given, number)
+                self.note("name begins", 0, how, measure, name=name)
+            lengths = partial(self.lengths, scenes, features, given)
+            self.note("lengths", 0, how, lengths, layer=20)
+
+    @torch.no_grad()
+    def lengths(self, scenes, features, given, layer=20, n=6):
+        """Median length of the residual stream's vector after a layer, of n tokens."""
+        found, block = [], self.model.lang_encoder.old_decoder_blocks[layer - 1]
+        hook = block.register_forward_hook(
+            lambda module, inputs, x: found.append(x[0, :n].norm(dim=-1))
+        )  # x: (1, T_txt, d_txt)
+        for scene, picture in zip(scenes[:50], features, strict=False):
+            ids = given + self.tokenizer(f"<image>{scene['text']}").input_ids
+            media = picture.float()[None, None]  # (1, 1, F, v, d_img)
+            self.model(None, torch.tensor([ids]), vision_features=media)
+        hook.remove()
+        return torch.stack(found).median(dim=0).values.tolist()
+
+    @torch.no_grad()
+    def token_marks(self, scenes, features, given, number):
+        """See `first_tokens`; `given` are token ids to start with."""
+        found = []
+        for scene, picture in zip(scenes, features, strict=False):
+            text = scene["text"]
+            known = text.split()[0]  # an article; or all before the second name
+            if number:
+                known = text[: text.rindex(scene["things"][1])].rstrip()
+            ids = self.tokenizer(f"<image>{text}").input_ids
+            n_known = len(self.tokenizer(f"<image>{known}").input_ids)
+            lang_x = torch.tensor([given + ids])  # (1, T_txt)
+            media = picture.float()[None, None]  # (1, 1, F, v, d_img)
+            logits = self.model(None, lang_x, vision_features=media).logits
+            likeliest = logits[0, len(given) + n_known - 1].argmax()
+            found.append(int(likeliest) == ids[n_known])
+        return found
+
     def tasks(self, shots):
         """Name, number or kind, as the demonstrations say."""
-        for how in WAYS:
-            for n_shots in shots:
-                if how and not n_shots:
-                    continue
-                for question in QUESTIONS:
-                    episodes = self.episodes(
-                        self.counts, n_shots, how, question=question
-                    )
-                    marks = self.right(episodes, self.count_features)
-                    self.note("task", n_shots, how, marks, question=question)
+        pictures = self.counts, self.count_features
+        for how, n_shots, question in itertools.product(WAYS, shots, QUESTIONS):
+            if how and not n_shots:
+                continue
+            measure = partial(self.marks, *pictures, n_shots, how, question=question)
+            self.note("task", n_shots, how, measure, question=question)
 
     def naming(self, n_ways, shots):
-        """Made-up words, with controls and both ceilings."""
+        """Made-up words, with controls and what others make of the same prompts."""
+        pictures = self.singles, self.single_features
+        others = {
+            "text only": self.words_say,
+            "text only, choosing": self.words_choose,
+            "CLIP alone": self.clip_says,
+        }
         for n_shots in shots:
             for how in WAYS:
-                episodes = self.episodes(self.singles, n_shots, how, n_ways=n_ways)
-                marks = self.right(episodes, self.single_features)
-                self.note("naming", n_shots, how, marks, ways=n_ways)
+                measure = partial(self.marks, *pictures, n_shots, how, n_ways=n_ways)
+                self.note("naming", n_shots, how, measure, ways=n_ways)
             episodes = self.episodes(self.singles, n_shots, n_ways=n_ways)
-            truth = [episode["answer"] for episode in episodes]
-            told = answer_in_words(self.lm, self.lm_tokenizer, episodes, self.singles)
-            marks = [a == b for a, b in zip(told, truth, strict=True)]
-            self.note("naming", n_shots, "text only", marks, ways=n_ways)
-            marks = [self.clip_says(e) == e["answer"] for e in episodes]
-            self.note("naming", n_shots, "CLIP alone", marks, ways=n_ways)
+            for how, other in others.items():
+                measure = partial(self.marks_of, other, episodes)
+                self.note("naming", n_shots, how, measure, ways=n_ways)
 
-    def clip_says(self, episode):
+    def marks_of(self, other, episodes):
+        """Is each answer of something else right?"""
+        said = other(episodes)
+        return [a == e["answer"] for a, e in zip(said, episodes, strict=True)]
+
+    def words_say(self, episodes):
+        """What the language model writes, where names stand for the pictures."""
+        return answer_in_words(self.lm, self.lm_tokenizer, episodes, self.singles)
+
+    @torch.no_grad()
+    def words_choose(self, episodes):
+        """The likeliest of a prompt's own words, where names stand for pictures."""
+        found = []
+        for episode in episodes:
+            prompt = in_words(episode, self.singles)
+            words = list(episode["words"].values())
+            given = self.lm_tokenizer(prompt, return_tensors="pt").input_ids
+            read = self.lm(input_ids=given, use_cache=True, logits_to_keep=1)
+            scores = []
+            for word in words:
+                ids = self.lm_tokenizer(f"{prompt} {word}.", return_tensors="pt")
+                ids = ids.input_ids[:, given.shape[1] :]  # (1, T_txt)
+                cache = copy.deepcopy(read.past_key_values)
+                logits = self.lm(input_ids=ids, past_key_values=cache).logits
+                logits = torch.cat((read.logits, logits[:, :-1]), dim=1)
+                log_p = logits.log_softmax(-1).gather(-1, ids[..., None])
+                scores.append(log_p.sum().item())
+            found.append(words[int(np.argmax(scores))])
+        return found
+
+    def clip_says(self, episodes):
         """The text of the demonstration whose picture is nearest."""
-        *shown, asked = episode["numbers"]
-        found = nearest(self.embedded[[asked]], self.embedded[shown], k=1)
-        return episode["texts"][found.item()]
+        found = []
+        for episode in episodes:
+            *shown, asked = episode["numbers"]
+            best = nearest(self.embedded[[asked]], self.embedded[shown], k=1)
+            found.append(episode["texts"][best.item()])
+        return found
 
     def unseen(self, shots):
         """The question by a studio that no model was trained on."""
-        for studio in ("twemoji", "openmoji"):
-            for n_shots in shots:
-                for how in (None, "wrong pictures"):
-                    sort = {"n_ways": 5, "query_studios": (studio,)}
-                    episodes = self.episodes(self.singles, n_shots, how, **sort)
-                    marks = self.right(episodes, self.single_features)
-                    self.note(studio, n_shots, how, marks, ways=5)
+        pictures = self.singles, self.single_features
+        for studio in UNSEEN:
+            sort = {"n_ways": 5, "query_studios": (studio,)}
+            for n_shots, how in itertools.product(shots, (None, "wrong pictures")):
+                measure = partial(self.marks, *pictures, n_shots, how, **sort)
+                self.note(studio, n_shots, how, measure, ways=5)
 
 
 def main():
@@ -146,14 +255,14 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     out = args.out or DATA / f"{args.size}_flamingo" / "fewshot.json"
-    bench = Bench(args.size, args.prompts, args.seeds)
+    bench = Bench(args.size, args.prompts, args.seeds, out)
+    bench.captions()
+    if args.size == "smol":
+        bench.first_tokens()
     bench.naming(5, (1, 2, 3))
     bench.naming(2, (1, 2, 4))
     bench.unseen((1,))
     bench.tasks((0, 1, 2, 4, 8))
-    lines = ",\n".join(json.dumps(row) for row in bench.rows)
-    Path(f"{out}.tmp").write_text(f"[\n{lines}\n]\n")
-    os.replace(f"{out}.tmp", out)
 
 
 if __name__ == "__main__":
