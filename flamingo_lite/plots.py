@@ -115,7 +115,7 @@ def show_maps(picture, titles, maps):
     """
     side = int(maps.shape[-1] ** 0.5)
     fig, axes = plt.subplots(
-        1, len(maps) + 1, figsize=(1.3 * (len(maps) + 1), 1.7), facecolor="white"
+        1, len(maps) + 1, figsize=(1.7 * (len(maps) + 1), 1.9), facecolor="white"
     )
     axes[0].imshow(picture)
     for ax, title, weights in zip(axes[1:], titles, maps, strict=True):
@@ -123,7 +123,7 @@ def show_maps(picture, titles, maps):
         large = Image.fromarray(heat).resize(picture.size, Image.Resampling.BICUBIC)
         ax.imshow(picture.convert("L"), cmap="gray", alpha=0.6)
         ax.imshow(np.asarray(large), cmap="magma", alpha=0.6, vmin=0)
-        ax.set_title(title, fontsize=7)
+        ax.set_title(title, fontsize=8)
     for ax in axes:
         ax.axis("off")
     fig.tight_layout()
