@@ -186,7 +186,15 @@ def answer(model, tokenizer, features, episodes, batch_size=50, **kwargs):
 
 
 def in_words(episode, scenes):
-    """A naming prompt for a language model alone: names stand for the pictures."""
+    """A naming prompt for a language model alone: names stand for the pictures.
+
+    Args:
+        episode: of `naming_episode`.
+        scenes: those that the episode numbers.
+
+    Returns:
+        'lemon: this is a dax. fox: this is a wug. lemon: this is', ready to go on.
+    """
     names = [scenes[number]["things"][0] for number in episode["numbers"]]
     turns = zip(names, episode["texts"][:-1], strict=False)
     told = "".join(f"{name}: this is {text}. " for name, text in turns)

@@ -27,8 +27,13 @@ KINDS = {
     "garment": "crown top_hat shirt dress backpack",
 }
 KIND_OF = {t.replace("_", " "): kind for kind in KINDS for t in KINDS[kind].split()}
-PLURALS = {"mouse": "mice", "fish": "fish", "cactus": "cacti", "dice": "dice"}
-PLURALS["snowman"] = "snowmen"
+PLURALS = {
+    "cactus": "cacti",
+    "dice": "dice",
+    "fish": "fish",
+    "mouse": "mice",
+    "snowman": "snowmen",
+}
 NUMBERS = ("one", "two", "three", "four")
 OPPOSITES = {"to the left of": "to the right of", "above": "below"}
 TASKS = ("where", "how many", "is there", "what kind", "what is this")

@@ -288,6 +288,14 @@ def test_wrong_pictures_of_a_task_show_none_of_the_named_things(seed, episode):
     check_wrong_pictures(seed, episode, set(episode["texts"]))
 
 
+@pytest.mark.parametrize("others", [None, {}, {"fox": {"noto": [7]}}])
+def test_too_few_other_pictures_say_how_many(others):
+    episode = {"numbers": [0, 1, 2], "texts": ["a dax", "a wug", "a dax"]}
+    episode |= {"words": {"lemon": "a dax", "tent": "a wug"}, "answer": "a dax"}
+    with pytest.raises(ValueError, match="2 other pictures, got [01]"):
+        spoil(np.random.default_rng(0), episode, "wrong pictures", others)
+
+
 def test_wrong_pictures_are_any_others():
     rng = np.random.default_rng(0)
     episode = naming_episode(rng, GROUPS, 2, 1)

@@ -321,6 +321,14 @@ def test_absent_things_are_all_asked_for(rows):
     assert 0.35 < np.mean(first) < 0.65
 
 
+def test_nobody_asks_for_a_part_of_a_shown_name():
+    """Is there an umbrella, over a beach umbrella? Who can say."""
+    rng, things = np.random.default_rng(0), ["beach umbrella", "fox", "umbrella"]
+    scene = {"things": ["beach umbrella"], "relation": None}
+    asked = Counter(ask(rng, "is there", scene, things)[0] for _ in range(200))
+    assert set(asked) == {"is there a beach umbrella?", "is there a fox?"}
+
+
 def as_bytes(tasks):
     """All of some tasks, to be compared."""
     return [{**one, "picture": one["picture"].tobytes()} for one in tasks]

@@ -8,8 +8,8 @@
 Prompts as in chapter 10: tasks on things with names, made-up words for things that no
 Flamingo was trained to name, the question drawn by another studio than the
 demonstrations. Writes data/SIZE_flamingo/fewshot.json, a line for each setting: the
-marks, 0 or 1, of every prompt. A line that is there already is not measured again:
-delete the file to start anew. Chapter 10 draws it.
+marks, 0 or 1, of every prompt (for "lengths", rounded lengths). A line that is there
+already is not measured again: delete the file to start anew. Chapter 10 draws it.
 """
 
 import argparse
