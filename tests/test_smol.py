@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flamingo_lite import (
     answer,
     build_flamingo,
+    caption,
     encode_pictures,
     load_captions,
     load_flamingo,
@@ -67,6 +68,32 @@ def test_closed_gates_are_the_language_model(plain):
     logits = model(None, ids, vision_features=pictures).logits
     assert torch.equal(logits[..., : len(old_tokenizer)], lm(ids).logits)
     assert len(tokenizer) == len(old_tokenizer) + 2
+
+
+def test_every_text_has_a_start(plain):
+    """`<|endoftext|>`, the attention sink: without it `<image>` would be that."""
+    _, old_tokenizer = plain
+    _, _, tokenizer = build_flamingo("smol")
+    start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    for one in (old_tokenizer, tokenizer):
+        ids = one("a lemon").input_ids
+        assert ids[0] == start and ids.count(start) == 1
+        assert one.model_max_length == 8192
+
+
+@pytest.mark.skipif(not TRAINED.is_file(), reason="tools/train_smol_flamingo.py")
+def test_captions():
+    """The easy question: a picture and nothing else. By the picture, not by luck."""
+    model, image_processor, tokenizer = load_flamingo("smol")
+    rows = load_captions(ROOT / "data" / "emoji")
+    rows = [row for row in rows if row["named"] and row["trained"]]
+    scenes = make_scenes(rows, 60, seed=93, pairs=0.0)
+    pictures = [scene["picture"] for scene in scenes]
+    said = caption(model, image_processor, tokenizer, pictures)
+    texts = [scene["text"] for scene in scenes]
+    assert sum(a == b for a, b in zip(said, texts, strict=True)) >= 0.8 * 60
+    others = zip(said[1:] + said[:1], texts, strict=True)
+    assert sum(a == b for a, b in others) <= 0.1 * 60
 
 
 @pytest.mark.skipif(not TRAINED.is_file(), reason="tools/train_smol_flamingo.py")

@@ -126,26 +126,29 @@ class Lessons:
         ]
         self.episodes(episodes, first)
 
-    def naming_prompts(self, rows, n, n_pool, seed):
-        """Two to five new words; of two, up to four pictures each, of five, two."""
+    def naming_prompts(self, rows, n, n_pool, seed, longest=10):
+        """Two to five new words, in up to `longest` demonstrations."""
         rng = np.random.default_rng((seed, 4))
         scenes = make_scenes(rows, n_pool, (seed, 4), pairs=0.0)
         first, groups = self.show([s["picture"] for s in scenes]), group_scenes(scenes)
         episodes = []
         for _ in range(n):
             n_ways = int(rng.integers(2, 6))
-            n_shots = int(rng.integers(1, 10 // n_ways + 1))
+            n_shots = int(rng.integers(1, longest // n_ways + 1))
             episodes.append(naming_episode(rng, groups, n_ways, n_shots))
         self.episodes(episodes, first)
 
 
-def make_lessons(model, image_processor, seed=100, shares=None, report=print):
+def make_lessons(
+    model, image_processor, seed=100, shares=None, longest=10, report=print
+):
     """Draw and encode everything: (features, texts, sequences), as `train` wants them.
 
     Args:
         model, image_processor: from `build_flamingo`.
         seed: an int.
         shares: other numbers than SHARES, of some of its entries.
+        longest: demonstrations in a naming prompt at the most.
         report: called with lines about progress.
     """
     n = {**SHARES, **(shares or {})}
@@ -163,28 +166,31 @@ def make_lessons(model, image_processor, seed=100, shares=None, report=print):
             lessons.questions(rows, task, n[task], seed + 1)
         lessons.stories(rows, n["stories"], seed + 2)
         lessons.task_prompts(rows, n["task prompts"], n["pool"], seed + 3)
-        lessons.naming_prompts(rows, n["naming prompts"], n["pool"], seed + 4)
+        lessons.naming_prompts(rows, n["naming prompts"], n["pool"], seed + 4, longest)
     return torch.cat(lessons.features), lessons.texts, lessons.sequences
 
 
-def teach(built, shares, seed, report_every, args):
+def teach(built, shares, seed, report_every, args, longest=10):
     """Train on lessons with the function of chapter 9: (history, lines for a log).
 
     Args:
         built: model, image processor, tokenizer, from `build_flamingo`.
-        shares: see `make_lessons`.
+        shares, longest: see `make_lessons`.
         seed: of the lessons.
         report_every: see `train`.
         args: with steps, batch_size, lr, seed and checkpoints, a folder.
     """
     model, image_processor, tokenizer = built
     log = [f"seed {args.seed} steps {args.steps} lr {args.lr} lessons {shares}"]
+    log[0] += f" prompts {longest}"
 
     def report(line):
         print(line, flush=True)
         log.append(line[: line.index("loss") + 10])  # not the pace
 
-    features, texts, sequences = make_lessons(model, image_processor, seed, shares)
+    features, texts, sequences = make_lessons(
+        model, image_processor, seed, shares, longest
+    )
     history = train(
         model,
         tokenizer,

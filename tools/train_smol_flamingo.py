@@ -8,8 +8,9 @@
         --checkpoints FOLDER                       a look at it
 
 The lessons are those of tools/lessons.py in other shares, more than half of them naming
-prompts; no made-up word is ever bound to a thing that is kept unnamed. The Perceiver
-starts as the tiny Flamingo's, which reads the same CLIP. Writes data/smol_flamingo:
+prompts, of up to fifteen demonstrations; no made-up word is ever bound to a thing that
+is kept unnamed. The Perceiver starts as the tiny Flamingo's, which reads the same CLIP.
+Writes data/smol_flamingo:
 flamingo.safetensors (half precision), config.json, training.log.
 """
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from lessons import teach  # noqa: E402
+from tokenizers.processors import ByteLevel  # noqa: E402
 
 from flamingo_lite import build_flamingo, load_flamingo, save_flamingo  # noqa: E402
 
@@ -42,11 +44,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     share = {"type": float, "default": 1.0, "help": "of the lessons, for a look"}
     parser.add_argument("--share", **share)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch-size", type=int, default=64, help="pictures")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    no_start = "the tokenizer puts no start token: chapter 10 tells what comes of it"
+    parser.add_argument("--no-start", action="store_true", help=no_start)
     cache = Path.home() / ".cache/flamingo_lite/smol"
     parser.add_argument("--checkpoints", type=Path, default=cache)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "smol_flamingo")
@@ -57,11 +61,13 @@ def main():
     args.checkpoints.mkdir(parents=True, exist_ok=True)
 
     built = build_flamingo("smol")
+    if args.no_start:
+        built[2].backend_tokenizer.post_processor = ByteLevel()
     tiny, _, _ = load_flamingo("tiny")
     model = built[0]
     model.perceiver.load_state_dict(tiny.perceiver.state_dict())
     shares = {name: int(n * args.share) for name, n in SHARES.items()}
-    _, log = teach(built, shares, 200 + args.seed, 50, args)
+    _, log = teach(built, shares, 200 + args.seed, 50, args, longest=15)
     save_flamingo(model, args.out, dtype=torch.float16)
     (args.out / "training.log").write_text("\n".join(log) + "\n")
 
