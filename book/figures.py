@@ -54,7 +54,7 @@ def flamingo_map(lit):
             zorder=0 if name == "model" else 1,
         )
         ax.add_patch(box)
-    ax.text(10.95, 2.15, "Flamingo layer × N", ha="right", fontsize=8, color=INK)
+    ax.text(10.95, 2.15, "Flamingo layers", ha="right", fontsize=8, color=INK)
     ax.text(2.0, 0.08, "Flamingo", fontsize=8, color=INK)
     for name, (left, bottom, width, height, label, shape) in BLOCKS.items():
         on = lit in (name, "training") and name != "lm"
