@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Accuracy against number of demonstrations, with all controls, of a shipped Flamingo.
 
-    python tools/measure_fewshot.py smol     a quarter of an hour on two cores
+    python tools/measure_fewshot.py smol     half an hour on two cores
     python tools/measure_fewshot.py tiny     the same for the tiny one
     python tools/measure_fewshot.py tiny --prompts 4 --out FILE    a look
     python tools/measure_fewshot.py smol --no-start --weights FOLDER --out FILE
