@@ -10,8 +10,8 @@
 The lessons are those of tools/lessons.py in other shares, more than half of them naming
 prompts, of up to fifteen demonstrations; no made-up word is ever bound to a thing that
 is kept unnamed. The Perceiver starts as the tiny Flamingo's, which reads the same CLIP.
-Writes data/smol_flamingo:
-flamingo.safetensors (half precision), config.json, training.log.
+Writes data/smol_flamingo: flamingo.safetensors (half precision), config.json,
+training.log; with --no-start, the folder of the checkpoints.
 """
 
 import argparse
@@ -51,10 +51,15 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     no_start = "the tokenizer puts no start token: chapter 10 tells what comes of it"
     parser.add_argument("--no-start", action="store_true", help=no_start)
-    cache = Path.home() / ".cache/flamingo_lite/smol"
-    parser.add_argument("--checkpoints", type=Path, default=cache)
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "smol_flamingo")
+    parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    # A run never resumes from the other sort's checkpoint, nor takes its place.
+    kind = "smol_no_start" if args.no_start else "smol"
+    args.checkpoints = args.checkpoints or Path.home() / ".cache/flamingo_lite" / kind
+    args.out = args.out or (
+        args.checkpoints if args.no_start else ROOT / "data" / "smol_flamingo"
+    )
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # tiny gradients make Muon slow otherwise
     torch.manual_seed(args.seed)
