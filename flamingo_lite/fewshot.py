@@ -143,7 +143,15 @@ def spoil(rng, episode, how, groups=None):
 
 
 def make_episodes(
-    scenes, n, seed, n_shots, n_ways=None, question=None, how=None, **choice
+    scenes,
+    n,
+    seed,
+    n_shots,
+    n_ways=None,
+    question=None,
+    how=None,
+    longest=None,
+    **choice,
 ):
     """Some prompts of one sort, always the same for the same seed.
 
@@ -156,15 +164,28 @@ def make_episodes(
         question: one of QUESTIONS, for a task.
         how: see `spoil`; None, demonstrations as they should be. The prompts and what
             they ask are the same for every `how`.
+        longest: draw prompts of so many shots, and show the first `n_shots` of each:
+            the same questions for every number of shots, after more or fewer
+            demonstrations. None, draw them anew for each.
         **choice: for `naming_episode`.
+
+    Raises:
+        ValueError: `longest` is less than `n_shots`; and see `naming_episode`, `spoil`.
     """
+    drawn = n_shots if longest is None else longest
+    if drawn < n_shots:
+        raise ValueError(f"{n_shots} shots wanted, of prompts of {longest} at the most")
+    n_shown = n_shots * (n_ways or 1)
     rng, luck = np.random.default_rng((seed, 1)), np.random.default_rng((seed, 2))
     groups, episodes = group_scenes(scenes), []
     for _ in range(n):
         if n_ways is None:
-            episode = task_episode(rng, scenes, question, n_shots)
+            episode = task_episode(rng, scenes, question, drawn)
         else:
-            episode = naming_episode(rng, groups, n_ways, n_shots, **choice)
+            episode = naming_episode(rng, groups, n_ways, drawn, **choice)
+        for part in ("numbers", "texts"):
+            *shown, last = episode[part]
+            episode[part] = [*shown[:n_shown], last]
         episodes.append(spoil(luck, episode, how, groups) if how else episode)
     return episodes
 

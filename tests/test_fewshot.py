@@ -353,6 +353,36 @@ def test_every_control_has_the_same_questions(sort):
             assert one != other or len(set(one["texts"][:-1])) == 1
 
 
+@pytest.mark.parametrize("sort", SORTS, ids=lambda sort: " ".join(map(str, sort)))
+def test_fewer_shots_ask_the_same(sort):
+    """Of prompts of `longest` shots, the first ones; the controls too."""
+    sort = {key: value for key, value in sort.items() if key != "n_shots"}
+    n_ways, scenes = sort.get("n_ways", 1), SINGLES if "n_ways" in sort else COUNTS
+    full = make_episodes(scenes, 20, 4, 3, **sort)
+    assert full == make_episodes(scenes, 20, 4, 3, longest=3, **sort)
+    assert full != make_episodes(scenes, 20, 4, 3, longest=4, **sort)
+    for n_shots in (0, 1, 2):
+        cut = make_episodes(scenes, 20, 4, n_shots, longest=3, **sort)
+        n = n_shots * n_ways
+        for one, other in zip(cut, full, strict=True):
+            for part in ("numbers", "texts"):
+                assert one[part] == other[part][:n] + other[part][-1:]
+            assert one["answer"] == other["answer"]
+            assert one.get("words") == other.get("words")
+        for how in WAYS:
+            spoilt = make_episodes(scenes, 20, 4, n_shots, how=how, longest=3, **sort)
+            for one, other in zip(cut, spoilt, strict=True):
+                assert len(other["numbers"]) == len(other["texts"]) == n + 1
+                assert other["numbers"][-1] == one["numbers"][-1]
+                assert other["answer"] == one["answer"] == other["texts"][-1]
+                assert set(other["texts"][:-1]) == set(one["texts"][:-1])
+
+
+def test_more_shots_than_the_longest():
+    with pytest.raises(ValueError, match="3 shots wanted, of prompts of 2 at the most"):
+        make_episodes(SINGLES, 5, 0, 3, n_ways=2, longest=2)
+
+
 def test_no_demonstrations():
     for sort in ({"n_ways": 2}, {"question": "kind"}):
         scenes = SINGLES if "n_ways" in sort else COUNTS

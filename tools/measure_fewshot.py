@@ -9,9 +9,13 @@
 
 Prompts as in chapter 10: tasks on things with names, made-up words for things that no
 Flamingo was trained to name, the question drawn by another studio than the
-demonstrations. Writes data/SIZE_flamingo/fewshot.json, a line for each setting: the
-marks, 0 or 1, of every prompt (for "lengths", rounded lengths). A line that is there
-already is not measured again: delete the file to start anew. Chapter 10 draws it.
+demonstrations. The prompts of a few demonstrations are the first ones of those of more,
+so that every number of them is asked the same; but for "naming, drawn anew", where each
+has prompts of its own. Right demonstrations of new words are asked MORE times as often.
+
+Writes data/SIZE_flamingo/fewshot.json, a line for each setting: the marks, 0 or 1, of
+every prompt (for "lengths", rounded lengths). A line that is there already is not
+measured again: delete the file to start anew. Chapter 10 draws it.
 """
 
 import argparse
@@ -49,6 +53,7 @@ from flamingo_lite.loading import DATA, smollm2_folder  # noqa: E402
 
 WAYS = (None, "no pictures", "wrong pictures", "shuffled texts")
 UNSEEN = "twemoji", "openmoji"
+MORE = 4
 
 
 class Bench:
@@ -100,12 +105,14 @@ class Bench:
         Path(f"{self.out}.tmp").write_text(f"[\n{lines}\n]\n")
         os.replace(f"{self.out}.tmp", self.out)
 
-    def episodes(self, scenes, n_shots, how=None, **sort):
-        """Of all seeds."""
+    def episodes(self, scenes, n_shots, how=None, more=1, **sort):
+        """Of all seeds; `more` times as many prompts of each."""
         return [
             episode
             for seed in self.seeds
-            for episode in make_episodes(scenes, self.n, seed, n_shots, how=how, **sort)
+            for episode in make_episodes(
+                scenes, more * self.n, seed, n_shots, how=how, **sort
+            )
         ]
 
     def marks(self, scenes, features, n_shots, how, **sort):
@@ -185,10 +192,12 @@ class Bench:
     def tasks(self, shots):
         """Name, number or kind, as the demonstrations say."""
         pictures = self.counts, self.count_features
+        longest = max(shots)
         for how, n_shots, question in itertools.product(WAYS, shots, QUESTIONS):
             if how and not n_shots:
                 continue
-            measure = partial(self.marks, *pictures, n_shots, how, question=question)
+            sort = {"question": question, "longest": longest}
+            measure = partial(self.marks, *pictures, n_shots, how, **sort)
             self.note("task", n_shots, how, measure, question=question)
 
     def naming(self, n_ways, shots):
@@ -200,13 +209,28 @@ class Bench:
             "CLIP alone": self.clip_says,
         }
         for n_shots in shots:
+            sort = {"n_ways": n_ways, "longest": max(shots)}
             for how in WAYS:
-                measure = partial(self.marks, *pictures, n_shots, how, n_ways=n_ways)
+                sort["more"] = 1 if how else MORE
+                measure = partial(self.marks, *pictures, n_shots, how, **sort)
                 self.note("naming", n_shots, how, measure, ways=n_ways)
-            episodes = self.episodes(self.singles, n_shots, n_ways=n_ways)
             for how, other in others.items():
+                sort["more"] = MORE if how == "CLIP alone" else 1
+                episodes = self.episodes(self.singles, n_shots, **sort)
                 measure = partial(self.marks_of, other, episodes)
                 self.note("naming", n_shots, how, measure, ways=n_ways)
+
+    def drawn_anew(self, n_ways, shots):
+        """As `naming`, but each number of shots has prompts of its own."""
+        for n_shots in shots:
+            what = "naming, drawn anew", n_shots
+            sort = {"n_ways": n_ways}
+            pictures = self.singles, self.single_features
+            measure = partial(self.marks, *pictures, n_shots, None, **sort)
+            self.note(*what, None, measure, ways=n_ways)
+            episodes = self.episodes(self.singles, n_shots, **sort)
+            measure = partial(self.marks_of, self.clip_says, episodes)
+            self.note(*what, "CLIP alone", measure, ways=n_ways)
 
     def marks_of(self, other, episodes):
         """Is each answer of something else right?"""
@@ -275,6 +299,7 @@ def main():
         bench.first_tokens()
     bench.naming(5, (1, 2, 3))
     bench.naming(2, (1, 2, 4))
+    bench.drawn_anew(5, (1, 2, 3))
     bench.unseen((1,))
     bench.tasks((0, 1, 2, 4, 8))
 
