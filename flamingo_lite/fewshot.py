@@ -115,7 +115,8 @@ def spoil(rng, episode, how, groups=None):
         episode: see above.
         how: "no pictures", each demonstration has the last picture of all, number -1,
             which should be a blank one; "wrong pictures", pictures of other things than
-            the prompt names, taken from `groups`; "shuffled texts", each text is
+            the prompt names, taken from `groups` (in a task of numbers or kinds some
+            may fit their texts); "shuffled texts", each text is
             replaced by another one of the prompt, everywhere by the same. If all its
             texts are one and the same, that changes nothing.
 
@@ -284,7 +285,7 @@ def cider_d(captions, references, sigma=6.0):
         sigma: how much a difference in length is forgiven.
 
     Returns:
-        (pictures,) scores; their mean is the usual number, which can be above 1.
+        (pictures,) scores; 0 to 10 each; their mean is the usual number.
     """
     total, log_n = np.zeros(len(captions)), np.log(len(references))
     for n in range(1, 5):

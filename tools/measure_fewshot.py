@@ -11,7 +11,7 @@ Prompts as in chapter 10: tasks on things with names, made-up words for things t
 Flamingo was trained to name, the question drawn by another studio than the
 demonstrations. The prompts of a few demonstrations are the first ones of those of more,
 so that every number of them is asked the same; but for "naming, drawn anew", where each
-has prompts of its own. Right demonstrations of new words are asked MORE times as often.
+has prompts of its own. The FINER ways of new words have MORE times as many prompts.
 
 Writes data/SIZE_flamingo/fewshot.json, a line for each setting: the marks, 0 or 1, of
 every prompt (for "lengths", rounded lengths). A line that is there already is not
@@ -53,7 +53,7 @@ from flamingo_lite.loading import DATA, smollm2_folder  # noqa: E402
 
 WAYS = (None, "no pictures", "wrong pictures", "shuffled texts")
 UNSEEN = "twemoji", "openmoji"
-MORE = 4
+MORE, FINER = 4, (None, "wrong pictures", "CLIP alone")
 
 
 class Bench:
@@ -211,11 +211,11 @@ class Bench:
         for n_shots in shots:
             sort = {"n_ways": n_ways, "longest": max(shots)}
             for how in WAYS:
-                sort["more"] = 1 if how else MORE
+                sort["more"] = MORE if how in FINER else 1
                 measure = partial(self.marks, *pictures, n_shots, how, **sort)
                 self.note("naming", n_shots, how, measure, ways=n_ways)
             for how, other in others.items():
-                sort["more"] = MORE if how == "CLIP alone" else 1
+                sort["more"] = MORE if how in FINER else 1
                 episodes = self.episodes(self.singles, n_shots, **sort)
                 measure = partial(self.marks_of, other, episodes)
                 self.note("naming", n_shots, how, measure, ways=n_ways)
