@@ -74,7 +74,7 @@ def flamingo_map(lit):
             *middle, label, ha="center", va="center", fontsize=9, color=colour, zorder=3
         )
         ax.text(
-            middle[0],
+            middle[0] - 0.4 * (name == "perceiver"),  # beside its arrow
             bottom - 0.28,
             shape,
             ha="center",
@@ -91,7 +91,7 @@ def flamingo_map(lit):
         ax.annotate("", (0.8, 0.85), (11.45, 0.85), arrowprops=way_back, zorder=3)
         text = {"s": "append the next token", "ha": "center", "fontsize": 8}
         ax.text(6.1, -0.62, color=PINK, **text)
-    ax.text(11.45, 1.45, "logits", ha="center", fontsize=7, color=INK)
+    ax.text(11.67, 1.45, "logits", ha="center", fontsize=7, color=INK)
     ax.text(4.1, 1.45, "text (B, T_txt, d_txt)", ha="center", fontsize=7, color=INK)
     ax.set_xlim(-0.1, 13.4)
     ax.set_ylim(-0.8 if lit == "generation" else 0, 3.7)

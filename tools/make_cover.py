@@ -26,7 +26,7 @@ from flamingo_lite import (
     make_scenes,
 )
 
-RIGHT, WRONG = "#d6336c", "#868e96"
+RIGHT, WRONG = "#d6336c", "#5c636a"
 
 
 def choose(rows, seed):
@@ -52,8 +52,9 @@ def flamingo_rows(rows):
 
 
 def broken(caption):
-    """A caption on two lines if it has a relation in it."""
-    return caption.replace(" to the", "\nto the").replace(" above", "\nabove")
+    """A caption on lines of its own for a relation."""
+    caption = caption.replace(" to the left of ", "\nto the left of\n")
+    return caption.replace(" above ", "\nabove\n")
 
 
 def main():
@@ -68,23 +69,23 @@ def main():
     captions = caption(model, image_processor, tokenizer, pictures)
     shuffled = captions[1:] + captions[:1]  # what it says when shown the next picture
 
-    fig, axes = plt.subplots(2, len(scenes), figsize=(9.6, 4.2), facecolor="white")
+    fig, axes = plt.subplots(2, len(scenes), figsize=(9.6, 4.9), facecolor="white")
     for row, said in enumerate((captions, shuffled)):
         for ax, picture, text, scene in zip(
             axes[row], pictures, said, scenes, strict=True
         ):
-            ax.imshow(picture, alpha=1.0 if row == 0 else 0.35)
+            ax.imshow(picture, alpha=1.0 if row == 0 else 0.5)
             colour = RIGHT if text == scene["text"] else WRONG
-            ax.set_title(broken(text), fontsize=7.5, color=colour)
+            ax.set_title(broken(text), fontsize=11, color=colour, linespacing=1.05)
             ax.axis("off")
     for y, text in (
         (0.985, "What the model says of each picture:"),
-        (0.475, "What it says when it is shown the next one instead:"),
+        (0.49, "What it says when it is shown the next one instead:"),
     ):
-        fig.text(0.01, y, text, fontsize=8.5, color="#343a40", va="top")
-    fig.subplots_adjust(0.01, 0.0, 0.99, 0.84, wspace=0.08, hspace=0.55)
+        fig.text(0.01, y, text, fontsize=12, color="#343a40", va="top")
+    fig.subplots_adjust(0.01, 0.0, 0.99, 0.78, wspace=0.08, hspace=0.75)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(args.out, dpi=110, metadata={"Software": None})
+    fig.savefig(args.out, dpi=150, metadata={"Software": None})
     right = sum(c == s["text"] for c, s in zip(captions, scenes, strict=True))
     print(f"{right} of {len(scenes)} captions are exact; {args.out.name} is written")
     for rows_of_one in flamingo_rows(rows):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Accuracy against number of demonstrations, with all controls, of a shipped Flamingo.
 
-    python tools/measure_fewshot.py smol     half an hour on two cores
+    python tools/measure_fewshot.py smol     forty minutes on two cores
     python tools/measure_fewshot.py tiny     the same for the tiny one
     python tools/measure_fewshot.py tiny --prompts 4 --out FILE    a look
     python tools/measure_fewshot.py smol --no-start --weights FOLDER --out FILE
@@ -220,6 +220,21 @@ class Bench:
                 measure = partial(self.marks_of, other, episodes)
                 self.note("naming", n_shots, how, measure, ways=n_ways)
 
+    def words_of_prompt(self, n_ways, shots):
+        """Is the answer any of the prompt's made-up words, right or wrong?"""
+        pictures = self.singles, self.single_features
+        for n_shots in shots:
+            for how in (None, "no pictures", "wrong pictures"):
+                sort = {"n_ways": n_ways, "longest": max(shots)}
+                measure = partial(self.word_marks, *pictures, n_shots, how, **sort)
+                self.note("word of the prompt", n_shots, how, measure, ways=n_ways)
+
+    def word_marks(self, scenes, features, n_shots, how, **sort):
+        """See `words_of_prompt`."""
+        episodes = self.episodes(scenes, n_shots, how, **sort)
+        said = answer(self.model, self.tokenizer, features, episodes)
+        return [a in e["words"].values() for a, e in zip(said, episodes, strict=True)]
+
     def drawn_anew(self, n_ways, shots):
         """As `naming`, but each number of shots has prompts of its own."""
         for n_shots in shots:
@@ -299,6 +314,8 @@ def main():
         bench.first_tokens()
     bench.naming(5, (1, 2, 3))
     bench.naming(2, (1, 2, 4))
+    bench.words_of_prompt(5, (1, 3))
+    bench.words_of_prompt(2, (1, 4))
     bench.drawn_anew(5, (1, 2, 3))
     bench.unseen((1,))
     bench.tasks((0, 1, 2, 4, 8))
