@@ -285,7 +285,7 @@ def cider_d(captions, references, sigma=6.0):
         sigma: how much a difference in length is forgiven.
 
     Returns:
-        (pictures,) scores; 0 to 10 each; their mean is the usual number.
+        (pictures,) scores from 0 to 10; their mean is the usual number.
     """
     total, log_n = np.zeros(len(captions)), np.log(len(references))
     for n in range(1, 5):

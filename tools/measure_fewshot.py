@@ -11,7 +11,7 @@ Prompts as in chapter 10: tasks on things with names, made-up words for things t
 Flamingo was trained to name, the question drawn by another studio than the
 demonstrations. The prompts of a few demonstrations are the first ones of those of more,
 so that every number of them is asked the same; but for "naming, drawn anew", where each
-has prompts of its own. The FINER ways of new words have MORE times as many prompts.
+has prompts of its own. For new words some ways have MORE prompts, so many times.
 
 Writes data/SIZE_flamingo/fewshot.json, a line for each setting: the marks, 0 or 1, of
 every prompt (for "lengths", rounded lengths). A line that is there already is not
@@ -53,7 +53,17 @@ from flamingo_lite.loading import DATA, smollm2_folder  # noqa: E402
 
 WAYS = (None, "no pictures", "wrong pictures", "shuffled texts")
 UNSEEN = "twemoji", "openmoji"
-MORE, FINER = 4, (None, "wrong pictures", "CLIP alone")
+MORE = {None: 4, "wrong pictures": 4, "CLIP alone": 4}
+
+
+def is_right(said, episode):
+    """Word for word."""
+    return said == episode["answer"]
+
+
+def is_of_prompt(said, episode):
+    """Any of the made-up words, right or wrong."""
+    return said in episode["words"].values()
 
 
 class Bench:
@@ -115,11 +125,11 @@ class Bench:
             )
         ]
 
-    def marks(self, scenes, features, n_shots, how, **sort):
-        """Is each of the model's answers right?"""
+    def marks(self, scenes, features, n_shots, how, good=is_right, **sort):
+        """Is each of the model's answers right, or what else `good` asks?"""
         episodes = self.episodes(scenes, n_shots, how, **sort)
         said = answer(self.model, self.tokenizer, features, episodes)
-        return [a == e["answer"] for a, e in zip(said, episodes, strict=True)]
+        return [good(a, e) for a, e in zip(said, episodes, strict=True)]
 
     def captions(self, n=200):
         """Without demonstrations: captions of test scenes, word for word."""
@@ -211,11 +221,11 @@ class Bench:
         for n_shots in shots:
             sort = {"n_ways": n_ways, "longest": max(shots)}
             for how in WAYS:
-                sort["more"] = MORE if how in FINER else 1
+                sort["more"] = MORE.get(how, 1)
                 measure = partial(self.marks, *pictures, n_shots, how, **sort)
                 self.note("naming", n_shots, how, measure, ways=n_ways)
             for how, other in others.items():
-                sort["more"] = MORE if how in FINER else 1
+                sort["more"] = MORE.get(how, 1)
                 episodes = self.episodes(self.singles, n_shots, **sort)
                 measure = partial(self.marks_of, other, episodes)
                 self.note("naming", n_shots, how, measure, ways=n_ways)
@@ -225,15 +235,9 @@ class Bench:
         pictures = self.singles, self.single_features
         for n_shots in shots:
             for how in (None, "no pictures", "wrong pictures"):
-                sort = {"n_ways": n_ways, "longest": max(shots)}
-                measure = partial(self.word_marks, *pictures, n_shots, how, **sort)
+                sort = {"n_ways": n_ways, "longest": max(shots), "good": is_of_prompt}
+                measure = partial(self.marks, *pictures, n_shots, how, **sort)
                 self.note("word of the prompt", n_shots, how, measure, ways=n_ways)
-
-    def word_marks(self, scenes, features, n_shots, how, **sort):
-        """See `words_of_prompt`."""
-        episodes = self.episodes(scenes, n_shots, how, **sort)
-        said = answer(self.model, self.tokenizer, features, episodes)
-        return [a in e["words"].values() for a, e in zip(said, episodes, strict=True)]
 
     def drawn_anew(self, n_ways, shots):
         """As `naming`, but each number of shots has prompts of its own."""
