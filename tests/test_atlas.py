@@ -86,7 +86,7 @@ def test_jpeg_leaves_what_pillows_jpeg_leaves(quality):
         theirs = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
         # A file rounds to whole numbers on its way, twice: about one grey level.
         assert (worn - theirs).abs().mean() * 255 < 1.8
-        assert (picture - theirs).abs().mean() * 255 > 6
+        assert (picture - theirs).abs().mean() * 255 > 4
 
 
 def test_nobody_kept_for_a_test_is_in_the_training(rows):
