@@ -50,6 +50,7 @@ _HOME = {
     "interleave": "data",
     "encode_pictures": "data",
     "collate": "data",
+    "check_texts": "data",
     "KINDS": "tasks",
     "KIND_OF": "tasks",
     "PLURALS": "tasks",

@@ -209,12 +209,13 @@ def make_scenes(rows, n_scenes, seed, pairs=0.5, held_out=False):
     return scenes
 
 
-def whole_text(text):
+def whole_text(text, where=None):
     """A text as one string; `text` may be a pair of strings, (given, asked)."""
     if not isinstance(text, tuple):
         return text
     if len(text) != 2 or not all(isinstance(part, str) for part in text):
-        raise ValueError(f"want a text or (given, asked), got {text!r}")
+        place = f"{where}: " if where else ""
+        raise ValueError(f"{place}want a text or (given, asked), got {text!r}")
     return " ".join(part for part in text if part)
 
 
@@ -223,9 +224,12 @@ def interleave(texts):
 
     A text may be a pair, (given, asked): see `collate`.
     """
-    texts = [whole_text(text) for text in texts]
-    for number, text in enumerate(texts, 1):
-        check_text(text, f"text {number}")
+    if isinstance(texts, str):  # else each letter would get a picture
+        raise ValueError(f"want a list of texts, got the text {texts!r}")
+    where = [f"text {number}" for number in range(1, len(texts) + 1)]
+    texts = [whole_text(*one) for one in zip(texts, where, strict=True)]
+    for one in zip(texts, where, strict=True):
+        check_text(*one)
     return "".join(f"<image>{text}<|endofchunk|>" for text in texts)
 
 
@@ -250,6 +254,22 @@ def encode_pictures(visual, image_processor, pictures, batch_size=96):
         tokens = visual(pixels.to(device))[1]  # (some, v, d_img)
         features.append(rearrange(tokens.half().cpu(), "some v d -> some 1 v d"))
     return torch.cat(features)
+
+
+def _special_tokens(tokenizer):
+    """All special tokens of a tokenizer; ValueError if ours are not among them."""
+    added = tokenizer.added_tokens_decoder.values()
+    special_tokens = {str(token) for token in added if token.special}
+    if lacking := set(SPECIAL_TOKENS) - special_tokens:
+        raise ValueError(f"the tokenizer has no special token {min(lacking)}")
+    return special_tokens
+
+
+def _first_words(text):
+    """The beginning of a text or of anything else, for an error message."""
+    if not isinstance(text, str):
+        return repr(text)[:60]
+    return repr(text if len(text) <= 40 else text[:40].rsplit(" ", 1)[0] + " …")
 
 
 def _given(texts):
@@ -282,10 +302,7 @@ def collate(examples, tokenizer):
             a special token in a text, or too many tokens; there is no row; the
             tokenizer lacks `<image>` or `<|endofchunk|>`.
     """
-    added = tokenizer.added_tokens_decoder.values()
-    special_tokens = {str(token) for token in added if token.special}
-    if lacking := set(SPECIAL_TOKENS) - special_tokens:
-        raise ValueError(f"the tokenizer has no special token {min(lacking)}")
+    special_tokens = _special_tokens(tokenizer)
     if not examples:
         raise ValueError("there is no row")
     shape = tuple(examples[0][0].shape[1:])  # (F, v, d_img)
@@ -297,7 +314,7 @@ def collate(examples, tokenizer):
             raise ValueError(f"row {row}: pictures are {own}, those of row 0 {shape}")
         for number, text in enumerate(texts, 1):
             where = f"row {row}, text {number}"
-            check_text(whole_text(text), where, special_tokens)
+            check_text(whole_text(text, where), where, special_tokens)
     pictures = [features.float() for features, _ in examples]
     lines = [interleave(texts) for _, texts in examples]
     settings = {"padding_side": "right", "return_offsets_mapping": True}
@@ -306,7 +323,10 @@ def collate(examples, tokenizer):
     T_txt, most = batch.input_ids.shape[1], tokenizer.model_max_length
     if T_txt > most:
         row = int(batch.attention_mask.sum(dim=1).argmax())
-        raise ValueError(f"row {row}: {T_txt} tokens, but the model reads {most}")
+        words = _first_words(whole_text(examples[row][1][0]))
+        raise ValueError(
+            f"row {row}: {T_txt} tokens, but the model reads {most}: {words}"
+        )
     media, eoc = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
     labels = make_labels(batch.input_ids, media, eoc, batch.attention_mask)
     for row, (_, texts) in enumerate(examples):
@@ -319,3 +339,58 @@ def collate(examples, tokenizer):
         "attention_mask": batch.attention_mask,
         "labels": labels,
     }
+
+
+def _alternatives(texts, sequences):
+    """Of each item its texts, and of each text [(where, text), …], one to be drawn."""
+    if isinstance(texts, str):
+        raise ValueError(f"want a list of texts, got the text {_first_words(texts)}")
+    for number, item in enumerate(texts):
+        named = {f"texts[{number}]": item}
+        if sequences:
+            if not isinstance(item, (list, tuple)):
+                want = f"texts[{number}]: want a list of texts, one for each picture"
+                raise ValueError(f"{want}, got {_first_words(item)}")
+            named = {f"texts[{number}][{n}]": text for n, text in enumerate(item)}
+        if empty := [name for name, text in named.items() if text == []]:
+            raise ValueError(f"{empty[0]}: there is no text in the list")
+        yield [
+            [(f"{name}[{n}]", one) for n, one in enumerate(text)]
+            if isinstance(text, list)
+            else [(name, text)]
+            for name, text in named.items()
+        ]
+
+
+def check_texts(texts, tokenizer, sequences=False):
+    """Check all texts of a training before its first step.
+
+    Args:
+        texts: list of texts, one for each picture. A text is a string, a pair of
+            strings, (given, asked), or a list of such texts, of which one is drawn.
+        tokenizer: with `<image>` and `<|endofchunk|>` among its tokens.
+        sequences: True, each item is a list of texts, one for each of its pictures.
+
+    Raises:
+        ValueError: a text is empty or none, or has a special token in it; or an item
+            has too many tokens. It is named: `texts[3] ('a lemon'): …`.
+    """
+    special_tokens, items, lines = _special_tokens(tokenizer), [], []
+    for item in _alternatives(texts, sequences):
+        items.append([])
+        for several in item:
+            items[-1].append(range(len(lines), len(lines) + len(several)))
+            for where, text in several:
+                where = f"{where} ({_first_words(text)})"
+                check_text(whole_text(text, where), where, special_tokens)
+                lines.append(interleave([text]))
+    settings = {"add_special_tokens": False, "verbose": False}
+    ids = tokenizer(lines, **settings).input_ids if lines else []
+    n_start, most = len(tokenizer("").input_ids), tokenizer.model_max_length
+    for number, item in enumerate(items):
+        longest = [max(several, key=lambda i: len(ids[i])) for several in item]
+        n_tokens = n_start + sum(len(ids[i]) for i in longest)
+        if n_tokens > most:
+            words = lines[max(longest, key=lambda i: len(ids[i]))]
+            where = f"texts[{number}] ({_first_words(words[len('<image>') :])})"
+            raise ValueError(f"{where}: {n_tokens} tokens, but the model reads {most}")
