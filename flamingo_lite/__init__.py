@@ -4,6 +4,7 @@ from importlib import import_module
 
 _HOME = {
     "VisionEncoder": "vision",
+    "rgb_on_white": "vision",
     "load_vision_encoder": "vision",
     "FeedForward": "perceiver",
     "PerceiverAttention": "perceiver",

@@ -12,9 +12,11 @@ Exported from book/01_clip_features.ipynb. Shapes:
 import os
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 from einops import rearrange
+from PIL import Image, ImageOps
 from torch import nn
 
 
@@ -67,6 +69,46 @@ class VisionEncoder(nn.Module):
         return rearrange(tokens, unfold, B=B, T_img=T_img, F=F)
 
 
+def rgb_on_white(picture):
+    """Turn a PIL picture upright and into RGB, what is transparent on white.
+
+    Args:
+        picture: of any mode; of an animation, the frame that it stands at.
+
+    Returns:
+        RGB picture; one that is RGB and upright keeps its pixels.
+
+    Raises:
+        TypeError: it is no PIL picture.
+        ValueError: it cannot be decoded, 8 bits cannot hold it, or it is a strip.
+    """
+    if not isinstance(picture, Image.Image):
+        raise TypeError(
+            f"want a PIL picture, got {type(picture).__name__}: PIL's Image.open makes "
+            "one of a file, Image.fromarray of an array"
+        )
+    try:
+        upright = ImageOps.exif_transpose(picture)
+    except Exception as error:  # broken data makes decoders raise almost anything
+        raise ValueError(f"the picture cannot be decoded: {error}") from error
+    is_16_bit = upright.mode.startswith("I;") or picture.format in ("PNG", "PPM")
+    if upright.mode == "F" or (upright.mode == "I" and not is_16_bit):
+        raise ValueError("brightness in 32 bits; save it with 8 or 16")
+    clear, deep = upright.info.get("transparency"), upright.mode.startswith("I")
+    if (clear is not None and deep) or (type(clear) is tuple and max(clear) > 255):
+        raise ValueError("a transparent colour in 16 bits; save it with 8")
+    if max(upright.size) > 3000 * min(upright.size) or 0 in upright.size:
+        raise ValueError(f"a strip of {upright.width} x {upright.height} pixels")
+    if deep:  # 16 bits: Pillow would clip, so scale
+        grey = (np.asarray(upright) / 257).clip(0, 255)
+        upright = Image.fromarray(grey.astype(np.uint8))
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    straight = upright.convert("LA") if upright.mode == "La" else upright
+    white = Image.new("RGBA", upright.size, "white")
+    return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
+
+
 def load_vision_encoder(name, pretrained=None, cache_dir=None):
     """Load a CLIP from open_clip and keep its vision tower.
 
@@ -77,7 +119,8 @@ def load_vision_encoder(name, pretrained=None, cache_dir=None):
         cache_dir: where downloads are kept.
 
     Returns:
-        VisionEncoder, and the image processor: a PIL picture to (3, H, W).
+        VisionEncoder, and the image processor: a PIL picture, which goes through
+        `rgb_on_white`, to (3, H, W).
 
     Raises:
         OSError: the weights are not here and cannot be fetched, or are damaged.
@@ -102,4 +145,5 @@ def load_vision_encoder(name, pretrained=None, cache_dir=None):
             'use build_flamingo("tiny"), which needs no download. '
             f"open_clip says: {error}"
         ) from error
+    image_processor.transforms.insert(0, rgb_on_white)
     return VisionEncoder(clip), image_processor
