@@ -111,6 +111,12 @@ def load_language_model(
     spare = sorted(set(range(n_old, len(tokenizer))) - set(ours))  # <PAD>, if it is new
     for table in token_tables(lang_encoder).values():  # neither trained nor saved
         table.weight.data[spare] = table.weight.data[:n_old].mean(dim=0)
+    # A longer text would end in an IndexError of the language model's, or as noise.
+    limits = ("max_position_embeddings", "max_seq_len")
+    reads = [getattr(lang_encoder.config, limit, None) for limit in limits]
+    tokenizer.model_max_length = min(
+        filter(None, [tokenizer.model_max_length, *reads])
+    )
     extend_instance(lang_encoder, FlamingoLMMixin)
     lang_encoder.set_decoder_layers_attr_name(
         decoder_layers_attr_name or DECODER_LAYERS[kind]
