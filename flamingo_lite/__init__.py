@@ -9,6 +9,7 @@ _NEEDS = [
     "open_clip_torch>=3",
     "einops>=0.8",
     "numpy",
+    "tqdm",
     "pillow>=11",
     "safetensors>=0.5",
     "tokenizers",
@@ -16,6 +17,8 @@ _NEEDS = [
 ]
 _HOME = {
     "VisionEncoder": "vision",
+    "tower_settings": "vision",
+    "rgb_on_white": "vision",
     "load_vision_encoder": "vision",
     "FeedForward": "perceiver",
     "PerceiverAttention": "perceiver",
@@ -38,7 +41,10 @@ _HOME = {
     "DECODER_LAYERS": "loading",
     "load_language_model": "loading",
     "put_start_token": "loading",
+    "LM_SETTINGS": "loading",
+    "backbone_settings": "loading",
     "fingerprint": "loading",
+    "difference": "loading",
     "create_model_and_transforms": "loading",
     "SIZES": "loading",
     "smollm2_folder": "loading",

@@ -28,7 +28,7 @@ from transformers import (
 import flamingo_lite
 from flamingo_lite.layers import FlamingoLMMixin, extend_instance
 from flamingo_lite.model import Flamingo, token_tables, train_new_rows_only
-from flamingo_lite.vision import load_vision_encoder
+from flamingo_lite.vision import load_vision_encoder, tower_settings
 
 _HERE = Path(flamingo_lite.__file__).parent
 # In a clone the data are beside the package; installed, it carries the tiny ones.
@@ -171,14 +171,48 @@ def put_start_token(
     )
 
 
+LM_SETTINGS = (
+    "activation_function hidden_act num_attention_heads num_key_value_heads "
+    "layer_norm_eps layer_norm_epsilon rms_norm_eps do_layer_norm_before"
+).split()
+
+
+def backbone_settings(module):
+    """What a backbone computes with, beside its weights: plain values by name."""
+    visual, config = getattr(module, "visual", module), getattr(module, "config", None)
+    if hasattr(visual, "attn_pool"):
+        return tower_settings(visual)
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = {name: getattr(config, name, None) for name in LM_SETTINGS}
+    found |= {name: rope.get(name) for name in ("rope_type", "rope_theta", "factor")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def fingerprint(module):
-    """Tell one set of weights from another: a hash, as 16 hexadecimal digits."""
+    """Tell one backbone from another: "weights-settings", 16 and 8 hexadecimal digits.
+
+    The same weights with another activation, pooling or picture size are another one.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         first = tensor.detach().flatten()[:256].float().cpu()  # (256,) at most
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(first.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    settings = json.dumps(backbone_settings(module), sort_keys=True)
+    settings = hashlib.sha256(settings.encode()).hexdigest()
+    return f"{digest.hexdigest()[:16]}-{settings[:8]}"
+
+
+def difference(needed, present):
+    """How two fingerprints differ, in words; "" if they do not, or cannot be seen to.
+
+    Folders from before there were settings have the weights' part alone.
+    """
+    weights = present.split("-")[0]
+    if needed in (present, weights):
+        return ""
+    same = str(needed).split("-")[0] == weights
+    return "the weights are the same, the settings are not" if same else "other weights"
 
 
 def _free_new_rows(lang_encoder, rows, again=False):
@@ -240,7 +274,7 @@ def create_model_and_transforms(
     model = Flamingo(
         vision_encoder, lang_encoder, *new, vision_encoder.dim, **flamingo_kwargs
     )
-    model.config = {
+    model.config.built_with = {
         "clip_vision_encoder_path": clip_vision_encoder_path,
         "clip_vision_encoder_pretrained": clip_vision_encoder_pretrained,
         "lang_encoder_path": lang_encoder_path,
@@ -354,10 +388,11 @@ def build_flamingo(size: str | None = None, **kwargs) -> _Built:
         if part not in settings:
             settings[part] = smollm2_folder()
     built = create_model_and_transforms(**settings)
-    made = ("start_token", "backbones")
-    made = {name: built[0].config[name] for name in made if name in built[0].config}
-    kwargs.pop("start_token", None)
-    built[0].config = {"size": size, **kwargs, **made}
+    config = built[0].config
+    kept = ("start_token", "backbones")
+    made = {part: config.built_with[part] for part in kept if part in config.built_with}
+    kwargs.pop("start_token", None)  # what was put counts, not what was asked for
+    config.built_with = {"size": size, **kwargs, **made}
     return built
 
 
@@ -383,7 +418,14 @@ def save_flamingo(
             which says how to build the model and which backbones it needs.
         dtype: e.g. torch.float16 halves the file.
     """
-    config = json.dumps(model.config, indent=2, default=os.fspath) + "\n"
+    if model.config.built_with is None:
+        raise ValueError(
+            "this model was put together by hand, and nothing says how to build it "
+            "again. Set model.config.built_with to the arguments for build_flamingo, "
+            'e.g. {"size": "tiny"}, or for create_model_and_transforms; or keep the '
+            "weights alone, with safetensors' save_file(trained_tensors(model), path)"
+        )
+    config = json.dumps(model.config.built_with, indent=2, default=os.fspath) + "\n"
     tensors = {
         name: tensor.to(dtype or tensor.dtype).contiguous()
         for name, tensor in trained_tensors(model).items()
@@ -445,11 +487,11 @@ def _check_numbers(config, saved, where):
 def _check_backbones(needed, present, where):
     for part, needs in needed.items():
         has = present[part]
-        if needs["fingerprint"] != has["fingerprint"]:
+        if how := difference(needs["fingerprint"], has["fingerprint"]):
             raise ValueError(
                 f"{where} was trained with the {part} {needs['name']!r} (fingerprint "
                 f"{needs['fingerprint']}), and this is {has['name']!r} "
-                f"({has['fingerprint']})"
+                f"({has['fingerprint']}): {how}"
             )
 
 
@@ -562,7 +604,7 @@ def load_flamingo(folder_or_name: str | Path = "tiny", **kwargs) -> _Built:
     try:
         built = build(**{"start_token": None, **config, **kwargs})
         model = built[0]
-        _check_backbones(needed, model.config["backbones"], path)
+        _check_backbones(needed, model.config.built_with["backbones"], path)
         saved = _from_openflamingo(path, saved, model) if is_file else saved
         problems = list(_misfits(saved, trained_tensors(model)))
     except (OSError, ValueError):
