@@ -2,6 +2,19 @@
 
 from importlib import import_module
 
+__version__ = "0.1.0"
+_NEEDS = [
+    "torch>=2.9",
+    "transformers>=5.6.2",
+    "open_clip_torch>=3",
+    "einops>=0.8",
+    "numpy",
+    "tqdm",
+    "pillow>=11",
+    "safetensors>=0.5",
+    "tokenizers",
+    "matplotlib",
+]
 _HOME = {
     "VisionEncoder": "vision",
     "tower_settings": "vision",
@@ -18,6 +31,7 @@ _HOME = {
     "extend_instance": "layers",
     "FlamingoLayer": "layers",
     "FlamingoLMMixin": "layers",
+    "as_weights": "model",
     "pixels_to_patches": "model",
     "check_pictures": "model",
     "Flamingo": "model",
@@ -26,6 +40,7 @@ _HOME = {
     "DATA": "loading",
     "DECODER_LAYERS": "loading",
     "load_language_model": "loading",
+    "put_start_token": "loading",
     "LM_SETTINGS": "loading",
     "backbone_settings": "loading",
     "fingerprint": "loading",
@@ -43,6 +58,8 @@ _HOME = {
     "SIZE": "data",
     "RELATIONS": "data",
     "SPECIAL_TOKENS": "data",
+    "FORMATS": "data",
+    "LISTINGS": "data",
     "check_text": "data",
     "read_picture": "data",
     "check_row": "data",
@@ -55,6 +72,7 @@ _HOME = {
     "interleave": "data",
     "encode_pictures": "data",
     "collate": "data",
+    "check_texts": "data",
     "KINDS": "tasks",
     "KIND_OF": "tasks",
     "PLURALS": "tasks",
@@ -120,7 +138,14 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name):
-    """Import a name's module when the name is first asked for."""
+    """Import a module, or a name's module, when it is first asked for."""
+    if name in _HOME.values():
+        return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__():
+    """All there is, also what was not asked for yet: for `dir` and the tab key."""
+    return sorted({*globals(), *__all__, *_HOME.values()})

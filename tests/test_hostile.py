@@ -367,7 +367,7 @@ def test_a_special_token_in_json_escapes_is_refused(tmp_path):
 def test_a_caption_longer_than_the_model_reads_is_named(tokenizer):
     fine = (random_features(1, 1)[0], ["a lemon"])
     long = (random_features(1, 1)[0], ["a lemon " * 20_000])
-    with pytest.raises(ValueError, match=r"row 1: \d+ tokens, but the model reads 512"):
+    with pytest.raises(ValueError, match=r"row 1: \d+ tokens, but the model reads 96"):
         collate([fine, long], tokenizer)
 
 
