@@ -291,6 +291,7 @@ class Captions:
     good = ["a.png", "b.jpg", "inner/c.gif", "inner/../a.png", "inside.png"]
     bad = ["link.png", "away/secret.png", "../secret.png", "/etc/hostname", "loop.png"]
     bad += ["pipe.png", "inner", "", ".", "gone.png", "a\0.png", "n" * 5000, "\udc80"]
+    bad += ["..\\secret.png", "inner\\..\\..\\secret.png"]
 
     def __init__(self, folder):
         self.folder = folder / "captions"
