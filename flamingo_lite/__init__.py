@@ -39,6 +39,8 @@ _HOME = {
     "SIZE": "data",
     "RELATIONS": "data",
     "SPECIAL_TOKENS": "data",
+    "FORMATS": "data",
+    "LISTINGS": "data",
     "check_text": "data",
     "read_picture": "data",
     "check_row": "data",

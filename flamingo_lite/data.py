@@ -6,22 +6,32 @@ A batch: vision_features (B, T_img, F, v, d_img); lang_x, attention_mask and lab
 (B, T_txt) each.
 """
 
+import csv
+import io
 import json
+import math
+import os
 import warnings
 import zlib
-from itertools import combinations
+from collections.abc import Iterable
+from contextlib import contextmanager
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from flamingo_lite.loss import IGNORE, make_labels
+from flamingo_lite.vision import rgb_on_white
 
 SIZE = 64  # pixels, the side of a scene
 RELATIONS = ("to the left of", "above")
 SPECIAL_TOKENS = ("<image>", "<|endofchunk|>")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def check_text(text, where, special_tokens=SPECIAL_TOKENS):
@@ -35,8 +45,25 @@ def check_text(text, where, special_tokens=SPECIAL_TOKENS):
             raise ValueError(f"{where}: take {token} out of the caption")
 
 
+@contextmanager
+def _open_picture(path):
+    """Open a picture file, whose header is read; the pixels are when they are used.
+
+    Whatever goes wrong with it, in the block too, is a ValueError that names the file.
+    """
+    try:
+        if not Path(path).is_file():
+            raise ValueError("there is no such file, or it is no ordinary one")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as picture:
+                yield picture
+    except Exception as error:  # a broken file makes decoders raise almost anything
+        raise ValueError(f"cannot read the picture {path}: {error}") from error
+
+
 def read_picture(path):
-    """Open a picture file as RGB, upright, transparency on white.
+    """Read a picture file as RGB, upright, transparency on white.
 
     Args:
         path: a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file; its first frame is taken.
@@ -44,74 +71,159 @@ def read_picture(path):
     Raises:
         ValueError: the file, which is named, is not a picture that can be read.
     """
-    formats = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-    try:
-        if not Path(path).is_file():
-            raise ValueError("there is no such file, or it is no ordinary one")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=formats) as picture:
-                upright = ImageOps.exif_transpose(picture)
-        if upright.mode == "F" or (upright.mode, picture.format) == ("I", "TIFF"):
-            raise ValueError("brightness in 32 bits; save it with 8 or 16")
-        clear, deep = upright.info.get("transparency"), upright.mode.startswith("I")
-        if (clear is not None and deep) or (type(clear) is tuple and max(clear) > 255):
-            raise ValueError("a transparent colour in 16 bits; save it with 8")
-        if deep:  # 16 bits: Pillow would clip, so scale
-            grey = (np.asarray(upright) / 257).clip(0, 255)
-            upright = Image.fromarray(grey.astype(np.uint8))
-        if max(upright.size) > 3000 * min(upright.size):
-            raise ValueError(f"a strip of {upright.width} x {upright.height} pixels")
-        upright = upright.convert("RGBA")
-    except Exception as error:  # a broken file makes decoders raise almost anything
-        raise ValueError(f"cannot read the picture {path}: {error}") from error
-    white = Image.new("RGBA", upright.size, "white")
-    return Image.alpha_composite(white, upright).convert("RGB")
+    with _open_picture(path) as picture:
+        return rgb_on_white(picture)
 
 
-def check_row(folder, line, where):
-    """A line of `metadata.jsonl` as a dict with "path"; ValueError names `where`."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise ValueError(f'{where}: no "file_name"')
-    check_text(row.get("text"), where)
-    path = Path(folder, row["file_name"])
+def _columns(row):
+    return "the columns are " + ", ".join(repr(name)[:40] for name in list(row)[:20])
+
+
+def _file_name(row, where):
+    """The name in a row's "file_name", or in its only "…_file_name"."""
+    names = [name for name in row if name.endswith("_file_name")]
+    names = ["file_name"] if "file_name" in row else names
+    if several := [name for name in row if name.endswith("file_names")]:
+        raise ValueError(f'{where}: "{several[0]}": give each picture its own line')
+    if len(names) != 1:
+        raise ValueError(f'{where}: no "file_name"; {_columns(row)}')
+    if not isinstance(row[names[0]], str):
+        raise ValueError(f'{where}: "{names[0]}" is not a text')
+    return row[names[0]].replace("\\", "/")  # as the convention does
+
+
+def check_row(folder, row, where, check_picture=False):
+    """A line of a listing, a dict, with its "path"; ValueError names `where`.
+
+    Args:
+        check_picture: True decodes the picture, False reads no more than its header.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: want an object with a file_name and a text")
+    path = Path(folder, _file_name(row, where))
+    if "text" not in row:
+        raise ValueError(f'{where}: no "text"; {_columns(row)}; rename one of them')
+    if row["text"] == []:
+        raise ValueError(f"{where}: there is no caption in the list")
+    if isinstance(row["text"], list):
+        for number, text in enumerate(row["text"], 1):
+            check_text(text, f"{where}, text {number}")
+    else:
+        check_text(row["text"], where)
     try:
         if not path.resolve().is_relative_to(Path(folder).resolve()):
-            raise ValueError(f"{row['file_name']} is outside the folder")
-        read_picture(path)
+            raise ValueError(f"{path} is outside the folder")
+        with _open_picture(path) as picture:
+            if check_picture:
+                rgb_on_white(picture)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     return {**row, "path": path}
 
 
-def load_captions(folder, skip_broken=False):
-    """List a caption folder: pictures, and `metadata.jsonl` with file_name and text.
+def _find_listing(folder, split):
+    """The listing of a caption folder, or of one of the folders in it."""
+
+    def listings(place):
+        return [place / name for name in LISTINGS if (place / name).is_file()]
+
+    def splits():
+        there = sorted(p.name for p in folder.iterdir() if p.is_dir() and listings(p))
+        return ", ".join(there)
+
+    if not folder.is_dir():
+        kind = "is a file: give its folder" if folder.is_file() else "is no folder"
+        raise FileNotFoundError(f"{folder} {kind}")
+    if split is not None:
+        if split != Path(split).name or not listings(folder / split):
+            there = splits() or "no folder with a listing"
+            raise FileNotFoundError(f"no split {split!r} in {folder}, but {there}")
+        folder = folder / split
+    found = listings(folder)
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise ValueError(f"{folder} has {names}: take one of them away")
+    if not found and (there := splits()):
+        raise FileNotFoundError(
+            f"no {LISTINGS[0]} in {folder}, but in its folders {there}: choose one "
+            "with split="
+        )
+    if not found:
+        raise FileNotFoundError(
+            f"no {folder / LISTINGS[0]}: write a line "
+            '{"file_name": …, "text": …} for each picture'
+        )
+    return found[0]
+
+
+def _read_lines(listing):
+    """Of each line of a `metadata.jsonl` its number, and what it says or its error."""
+    for number, line in enumerate(listing.read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, ValueError(f"{listing}, line {number}: not JSON: {error}")
+
+
+def _read_table(listing):
+    """Of each row of a `metadata.csv` its line number, and a dict or its error."""
+    try:
+        text = listing.read_bytes().decode("utf-8-sig")  # spreadsheets write a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{listing}: save it as UTF-8: {error}") from error
+    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = list(table.fieldnames or [])
+        if len(set(names)) < len(names):
+            raise ValueError(f"{listing}: two columns of one name; {_columns(names)}")
+        for row in table:
+            number = table.line_num
+            if None in row or None in row.values():
+                row = ValueError(
+                    f"{listing}, line {number}: want {len(names)} values, as many as "
+                    "columns; a text with a comma in it stands in quotation marks"
+                )
+            yield number, row
+    except csv.Error as error:
+        raise ValueError(f"{listing}, line {table.line_num}: {error}") from error
+
+
+def load_captions(folder, skip_broken=False, split=None, check_pictures=None):
+    """List a caption folder: pictures, and a listing with their file_name and text.
 
     Args:
-        folder: a folder in the imagefolder convention of Hugging Face datasets.
+        folder: a folder in the imagefolder convention of Hugging Face datasets, with a
+            `metadata.jsonl` or `metadata.csv`. A text may be a list of captions.
         skip_broken: leave out, with a warning, rows that cannot be used.
+        split: the one of its folders that is meant, e.g. "train", each with a listing.
+        check_pictures: True decodes all pictures now, with a progress bar if it takes
+            long; False reads their headers only. None: True if broken ones are to be
+            left out.
 
     Returns:
-        list of dict: each line of `metadata.jsonl`, and "path", its picture.
+        list of dict: each row of the listing, and "path", its picture.
 
     Raises:
-        FileNotFoundError: there is no `metadata.jsonl`.
+        FileNotFoundError: there is no listing.
         ValueError: a row cannot be used, and its line and file are named; or none can.
     """
-    listing = Path(folder) / "metadata.jsonl"
-    if not listing.is_file():
-        raise FileNotFoundError(
-            f'no {listing}: write a line {{"file_name": …, "text": …}} for each picture'
+    listing = _find_listing(Path(folder), split)
+    if listing.suffix == ".parquet":
+        raise ValueError(
+            f"{listing}: Parquet is not read here. Write it anew, "
+            'pandas.read_parquet("metadata.parquet").to_json("metadata.jsonl", '
+            'orient="records", lines=True), and take the old one away'
         )
+    check_pictures = skip_broken if check_pictures is None else check_pictures
+    lines = list((_read_table if listing.suffix == ".csv" else _read_lines)(listing))
     rows, broken = [], []
-    for number, line in enumerate(listing.read_bytes().splitlines(), 1):
+    for number, row in tqdm(lines, "pictures", delay=2, leave=False):
         try:
-            if line.strip():
-                rows.append(check_row(folder, line, f"{listing}, line {number}"))
+            if isinstance(row, ValueError):
+                raise row
+            where = f"{listing}, line {number}"
+            rows.append(check_row(listing.parent, row, where, check_pictures))
         except ValueError as error:
             if not skip_broken:
                 raise
@@ -127,10 +239,14 @@ def load_captions(folder, skip_broken=False):
 def load_sprites(rows):
     """Open the drawings of caption-folder rows: {thing: {studio: RGBA picture}}."""
     sprites = {}
-    for row in rows:
-        with Image.open(row["path"]) as picture:
-            studios = sprites.setdefault(row["thing"], {})
-            studios[row["studio"]] = picture.convert("RGBA")
+    for number, row in enumerate(rows):
+        if lacking := [name for name in ("thing", "studio") if name not in row]:
+            raise ValueError(f'rows[{number}]: no "{lacking[0]}"; {_columns(row)}')
+        with _open_picture(row["path"]) as picture:
+            sprite = ImageOps.exif_transpose(picture)
+            if not sprite.has_transparency_data:
+                sprite = rgb_on_white(sprite)
+            sprites.setdefault(row["thing"], {})[row["studio"]] = sprite.convert("RGBA")
     return sprites
 
 
@@ -188,10 +304,12 @@ def make_scenes(rows, n_scenes, seed, pairs=0.5, held_out=False):
         "studios": [theirs], "relation": None or one of RELATIONS}.
 
     Raises:
-        ValueError: there is no pair to draw.
+        ValueError: there is no pair to draw, or a drawing cannot be read.
     """
     rng = np.random.default_rng(seed)
     sprites, names = load_sprites(rows), {row["thing"]: row["text"] for row in rows}
+    if several := [name for name in names.values() if not isinstance(name, str)]:
+        raise ValueError(f"want one text for each thing, got {several[0]!r}")
     things, scenes = list(names), []
     if pairs and all(is_held_out(*p) != held_out for p in combinations(things, 2)):
         raise ValueError(f"{len(things)} things, and no pair with held_out={held_out}")
@@ -233,26 +351,80 @@ def interleave(texts):
     return "".join(f"<image>{text}<|endofchunk|>" for text in texts)
 
 
+def _picture(item, where):
+    """RGB on white, of a PIL picture, a file or a row; an error names `where`."""
+    if isinstance(item, dict):
+        held = [item.get(name) for name in ("picture", "image")]
+        held = [one for one in held if isinstance(one, Image.Image)]
+        if not held and not item.get("path"):
+            raise TypeError(f'{where}: no "picture" and no "path"; {_columns(item)}')
+        item = held[0] if held else item["path"]
+    try:
+        is_path = isinstance(item, (str, os.PathLike))
+        return read_picture(item) if is_path else rgb_on_white(item)
+    except TypeError as error:
+        raise TypeError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_finite(tokens, halves, start):
+    """Raise ValueError for features, (some, v, d_img), with an inf or nan in them."""
+    bad = ~halves.isfinite().flatten(1).all(dim=1)  # (some,)
+    if bad.any():
+        number = int(bad.nonzero()[0])
+        largest, most = tokens[number].abs().max().item(), torch.finfo(halves.dtype).max
+        why = f"as large as {largest:.3g}, and {halves.dtype} ends at {most:.3g}"
+        fault = why if math.isfinite(largest) else "not finite"
+        raise ValueError(f"pictures[{start + number}]: its features are {fault}")
+
+
 @torch.no_grad()
-def encode_pictures(visual, image_processor, pictures, batch_size=96):
+def encode_pictures(
+    visual,
+    image_processor,
+    pictures,
+    batch_size=96,
+    dtype=torch.float16,
+    progress=False,
+):
     """Run the frozen vision encoder once over all pictures, to train from the result.
 
     Args:
         visual: `Flamingo.vision_encoder`.
         image_processor: PIL picture to (3, H, W).
-        pictures: list of RGB pictures.
+        pictures: list or iterator of PIL pictures, of paths, or of rows with one of
+            them: of `load_captions`, `make_scenes` or an image dataset of Hugging
+            Face's. Files are opened batch by batch.
         batch_size: pictures at a time.
+        dtype: of the result.
+        progress: True shows a progress bar.
 
     Returns:
         (pictures, F=1, v, d_img) float16 in main memory; for one picture, what
         `collate` wants.
+
+    Raises:
+        TypeError, ValueError: a picture is none, cannot be read, or has features that
+            are not finite; it is named by its number, `pictures[3]`.
     """
-    device, features = next(visual.parameters()).device, []
-    for start in range(0, len(pictures), batch_size):
-        some = pictures[start : start + batch_size]
-        pixels = torch.stack([image_processor(p) for p in some])  # (some, 3, H, W)
-        tokens = visual(pixels.to(device))[1]  # (some, v, d_img)
-        features.append(rearrange(tokens.half().cpu(), "some v d -> some 1 v d"))
+    if isinstance(pictures, (Image.Image, dict, str, os.PathLike)):
+        pictures = [pictures]
+    if not isinstance(pictures, Iterable):
+        raise TypeError(f"want a list of pictures, got {type(pictures).__name__}")
+    visual = getattr(visual, "visual", visual)  # of a VisionEncoder
+    weight, features, start = next(visual.parameters()), [], 0
+    numbered = enumerate(tqdm(pictures, "pictures", disable=not progress))
+    while some := list(islice(numbered, batch_size)):
+        read = [_picture(one, f"pictures[{number}]") for number, one in some]
+        pixels = torch.stack([image_processor(p) for p in read])  # (some, 3, H, W)
+        tokens = visual(pixels.to(weight.device, weight.dtype))[1]  # (some, v, d_img)
+        halves = tokens.to(dtype).cpu()
+        _check_finite(tokens, halves, start)
+        features.append(rearrange(halves, "some v d -> some 1 v d"))
+        start += len(some)
+    if not features:
+        raise ValueError("there are no pictures")
     return torch.cat(features)
 
 
@@ -285,6 +457,28 @@ def _given(texts):
         place += len(whole_text(text)) + len("<|endofchunk|>")
 
 
+def _check_examples(examples, special_tokens):
+    """Raise ValueError, naming the row, for what `collate` cannot take."""
+    if not examples:
+        raise ValueError("there is no row")
+    for row, (features, texts) in enumerate(examples):
+        shape = tuple(getattr(features, "shape", ()))  # (T_img, F, v, d_img)
+        if len(shape) != 4:
+            got = shape or type(features).__name__
+            raise ValueError(f"row {row}: want (T_img, F, v, d_img), got {got}")
+        if isinstance(texts, str):
+            raise ValueError(f"row {row}: want a list of texts, got {texts!r}")
+        if shape[0] != len(texts):
+            counts = f"{shape[0]} pictures, but {len(texts)} texts"
+            raise ValueError(f"row {row}: {counts}")
+        if shape[1:] != (first := tuple(examples[0][0].shape[1:])):
+            those = f"pictures are {shape[1:]}, those of row 0 {first}"
+            raise ValueError(f"row {row}: {those}")
+        for number, text in enumerate(texts, 1):
+            where = f"row {row}, text {number}"
+            check_text(whole_text(text, where), where, special_tokens)
+
+
 def collate(examples, tokenizer):
     """Put sequences of different lengths into one batch, padded on the right.
 
@@ -302,20 +496,8 @@ def collate(examples, tokenizer):
             a special token in a text, or too many tokens; there is no row; the
             tokenizer lacks `<image>` or `<|endofchunk|>`.
     """
-    special_tokens = _special_tokens(tokenizer)
-    if not examples:
-        raise ValueError("there is no row")
-    shape = tuple(examples[0][0].shape[1:])  # (F, v, d_img)
-    for row, (features, texts) in enumerate(examples):
-        if len(features) != len(texts):
-            counts = f"{len(features)} pictures, but {len(texts)} texts"
-            raise ValueError(f"row {row}: {counts}")
-        if (own := tuple(features.shape[1:])) != shape:
-            raise ValueError(f"row {row}: pictures are {own}, those of row 0 {shape}")
-        for number, text in enumerate(texts, 1):
-            where = f"row {row}, text {number}"
-            check_text(whole_text(text, where), where, special_tokens)
-    pictures = [features.float() for features, _ in examples]
+    _check_examples(examples, _special_tokens(tokenizer))
+    pictures = [torch.as_tensor(features).float() for features, _ in examples]
     lines = [interleave(texts) for _, texts in examples]
     settings = {"padding_side": "right", "return_offsets_mapping": True}
     batch = tokenizer(lines, padding=True, return_tensors="pt", **settings)
