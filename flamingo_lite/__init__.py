@@ -4,6 +4,7 @@ from importlib import import_module
 
 _HOME = {
     "VisionEncoder": "vision",
+    "tower_settings": "vision",
     "rgb_on_white": "vision",
     "load_vision_encoder": "vision",
     "FeedForward": "perceiver",
@@ -25,7 +26,10 @@ _HOME = {
     "DATA": "loading",
     "DECODER_LAYERS": "loading",
     "load_language_model": "loading",
+    "LM_SETTINGS": "loading",
+    "backbone_settings": "loading",
     "fingerprint": "loading",
+    "difference": "loading",
     "create_model_and_transforms": "loading",
     "SIZES": "loading",
     "smollm2_folder": "loading",

@@ -186,7 +186,8 @@ def _read_table(listing):
                 )
             yield number, row
     except csv.Error as error:
-        raise ValueError(f"{listing}, line {table.line_num}: {error}") from error
+        where = f"{listing}, line {table.line_num + 1}"
+        raise ValueError(f"{where}: {error}; see to its quotation marks") from error
 
 
 def load_captions(folder, skip_broken=False, split=None, check_pictures=None):
@@ -374,9 +375,11 @@ def _check_finite(tokens, halves, start):
     if bad.any():
         number = int(bad.nonzero()[0])
         largest, most = tokens[number].abs().max().item(), torch.finfo(halves.dtype).max
-        why = f"as large as {largest:.3g}, and {halves.dtype} ends at {most:.3g}"
-        fault = why if math.isfinite(largest) else "not finite"
-        raise ValueError(f"pictures[{start + number}]: its features are {fault}")
+        fault = "its features are not finite"
+        if math.isfinite(largest):
+            fault = f"its features reach {largest:.3g}, but {halves.dtype} only "
+            fault += f"{most:.3g}: take dtype=torch.float32"
+        raise ValueError(f"pictures[{start + number}]: {fault}")
 
 
 @torch.no_grad()
@@ -500,7 +503,8 @@ def collate(examples, tokenizer):
     pictures = [torch.as_tensor(features).float() for features, _ in examples]
     lines = [interleave(texts) for _, texts in examples]
     settings = {"padding_side": "right", "return_offsets_mapping": True}
-    batch = tokenizer(lines, padding=True, return_tensors="pt", **settings)
+    settings |= {"padding": True, "return_tensors": "pt", "verbose": False}
+    batch = tokenizer(lines, **settings)
     starts, ends = batch.offset_mapping.unbind(dim=2)  # (B, T_txt), in characters
     T_txt, most = batch.input_ids.shape[1], tokenizer.model_max_length
     if T_txt > most:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import flamingo_lite
 from flamingo_lite.layers import FlamingoLMMixin, extend_instance
 from flamingo_lite.model import Flamingo, token_tables, train_new_rows_only
-from flamingo_lite.vision import load_vision_encoder
+from flamingo_lite.vision import load_vision_encoder, tower_settings
 
 DATA = Path(flamingo_lite.__file__).parents[1] / "data"
 
@@ -80,14 +80,48 @@ def load_language_model(
     return lang_encoder, tokenizer
 
 
+LM_SETTINGS = (
+    "activation_function hidden_act num_attention_heads num_key_value_heads "
+    "layer_norm_eps layer_norm_epsilon rms_norm_eps do_layer_norm_before"
+).split()
+
+
+def backbone_settings(module):
+    """What a backbone computes with, beside its weights: plain values by name."""
+    visual, config = getattr(module, "visual", module), getattr(module, "config", None)
+    if hasattr(visual, "attn_pool"):
+        return tower_settings(visual)
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = {name: getattr(config, name, None) for name in LM_SETTINGS}
+    found |= {name: rope.get(name) for name in ("rope_type", "rope_theta", "factor")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def fingerprint(module):
-    """Tell one set of weights from another: a hash, as 16 hexadecimal digits."""
+    """Tell one backbone from another: "weights-settings", 16 and 8 hexadecimal digits.
+
+    The same weights with another activation, pooling or picture size are another one.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         first = tensor.detach().flatten()[:256].float().cpu()  # (256,) at most
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(first.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    settings = json.dumps(backbone_settings(module), sort_keys=True)
+    settings = hashlib.sha256(settings.encode()).hexdigest()
+    return f"{digest.hexdigest()[:16]}-{settings[:8]}"
+
+
+def difference(needed, present):
+    """How two fingerprints differ, in words; "" if they do not, or cannot be seen to.
+
+    Folders from before there were settings have the weights' part alone.
+    """
+    weights = present.split("-")[0]
+    if needed in (present, weights):
+        return ""
+    same = str(needed).split("-")[0] == weights
+    return "the weights are the same, the settings are not" if same else "other weights"
 
 
 def create_model_and_transforms(
@@ -336,11 +370,11 @@ def _check_numbers(config, saved, where):
 def _check_backbones(needed, present, where):
     for part, needs in needed.items():
         has = present[part]
-        if needs["fingerprint"] != has["fingerprint"]:
+        if how := difference(needs["fingerprint"], has["fingerprint"]):
             raise ValueError(
                 f"{where} was trained with the {part} {needs['name']!r} (fingerprint "
                 f"{needs['fingerprint']}), and this is {has['name']!r} "
-                f"({has['fingerprint']})"
+                f"({has['fingerprint']}): {how}"
             )
 
 

@@ -9,15 +9,51 @@ Exported from book/01_clip_features.ipynb. Shapes:
     patches  (B, T_img, F, v, d_img)   the grid of patch tokens, without CLS
 """
 
+import json
+import math
 import os
+import re
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 from einops import rearrange
+from open_clip.pretrained import download_pretrained_from_hf
 from PIL import Image, ImageOps
 from torch import nn
+
+_CONFIG = "open_clip_config.json"
+
+
+_NO_PATCHES = {
+    "attentional_pool": "its tokens are learned queries",
+    "none": "CLS stands among its tokens",
+}
+
+
+def _check_tower(name, kind, pool):
+    """Raise ValueError, naming a tower that does not give one token for each patch."""
+    if kind != "VisionTransformer":
+        reason = f"want a VisionTransformer of open_clip's, got {kind}"
+    elif pool in _NO_PATCHES:
+        reason = f"it pools by {pool!r}, so {_NO_PATCHES[pool]}"
+    else:
+        return
+    raise ValueError(f"{name} gives no patch tokens: {reason}")
+
+
+def _tower_of(vision_cfg):
+    """The kind of tower that open_clip builds from a configuration, and its pooling."""
+    pool = "attentional_pool" if vision_cfg.get("attentional_pool") else None
+    pool = pool or vision_cfg.get("pool_type", "tok")
+    if vision_cfg.get("timm_model_name"):
+        return f"TimmModel {vision_cfg['timm_model_name']!r}", pool
+    if isinstance(vision_cfg.get("layers"), list):
+        return "ModifiedResNet", pool
+    return "VisionTransformer", pool
 
 
 class VisionEncoder(nn.Module):
@@ -31,15 +67,19 @@ class VisionEncoder(nn.Module):
         dim: d_img, the width of a token.
 
     Raises:
-        ValueError: the tower is no vision transformer of open_clip's own.
+        ValueError: the tower is no vision transformer of open_clip's own, or its tokens
+            are no patches.
     """
 
     def __init__(self, clip):
         super().__init__()
-        if not isinstance(clip.visual, open_clip.transformer.VisionTransformer):
-            kind = type(clip.visual).__name__
-            raise ValueError(f"want a VisionTransformer of open_clip's, got {kind}")
-        self.visual = clip.visual
+        visual, kind, pool = clip.visual, type(clip.visual).__name__, None
+        if isinstance(visual, open_clip.transformer.VisionTransformer):
+            attends = visual.attn_pool is not None
+            kind = "VisionTransformer"
+            pool = "attentional_pool" if attends else visual.pool_type
+        _check_tower("this tower", kind, pool)
+        self.visual = visual
         self.visual.output_tokens = True
         self.dim = self.visual.conv1.out_channels
         self.requires_grad_(False).eval()
@@ -56,7 +96,8 @@ class VisionEncoder(nn.Module):
             (B, T_img, F, v, d_img) patch tokens, without CLS.
 
         Raises:
-            ValueError: `pixels` is not 6-dimensional, or not of the tower's size.
+            ValueError: `pixels` is not 6-dimensional, or not of the tower's size; or
+                there are not as many tokens as patches.
         """
         picture = (3, *self.visual.image_size)
         if pixels.ndim != 6 or pixels.shape[3:] != picture:
@@ -65,8 +106,27 @@ class VisionEncoder(nn.Module):
         B, T_img, F = pixels.shape[:3]
         flat = rearrange(pixels, "B T_img F c H W -> (B T_img F) c H W")
         _, tokens = self.visual(flat)  # (B * T_img * F, v, d_img)
+        if tokens.shape[1] != (v := math.prod(self.visual.grid_size)):
+            raise ValueError(f"want {v} tokens, one a patch, got {tokens.shape[1]}")
         unfold = "(B T_img F) v d -> B T_img F v d"
         return rearrange(tokens, unfold, B=B, T_img=T_img, F=F)
+
+
+def tower_settings(visual):
+    """What a tower of open_clip's computes with, beside its weights: plain values."""
+    blocks = visual.transformer.resblocks
+    return {
+        "activation": sorted({repr(block.mlp.gelu) for block in blocks}),
+        "heads": sorted({block.attn.num_heads for block in blocks}),
+        "epsilon": visual.ln_post.eps,
+        "image_size": list(visual.image_size),
+        "pool_type": visual.pool_type,
+        "final_ln_after_pool": visual.final_ln_after_pool,
+        "picture": {
+            key: getattr(visual, "preprocess_cfg", {}).get(key)
+            for key in ("mean", "std", "interpolation", "resize_mode", "fill_color")
+        },
+    }
 
 
 def rgb_on_white(picture):
@@ -109,13 +169,118 @@ def rgb_on_white(picture):
     return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
 
 
+_PLAIN = {
+    "quick_gelu": False,
+    "mean": open_clip.OPENAI_DATASET_MEAN,
+    "std": open_clip.OPENAI_DATASET_STD,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+
+
+def _read_config(name, cache_dir=None):
+    """A CLIP's "model_cfg" and "preprocess_cfg"; of a hub's, only these are fetched."""
+    schema, _, place = name.partition(":")
+    if not place:
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise ValueError("no such model; open_clip.list_models() names them all")
+        return {"model_cfg": config}
+    file = Path(place) / _CONFIG
+    if schema == "hf-hub":
+        file = download_pretrained_from_hf(place, _CONFIG, cache_dir=cache_dir)
+    return json.loads(Path(file).read_bytes())
+
+
+def _find_settings(config, name=None, tag=None):
+    """What weights want: a tag's word counts, then a configuration's, then _PLAIN."""
+    said = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    said = {**config["model_cfg"], **config.get("preprocess_cfg", {}), **said}
+    found = {k: v if said.get(k) is None else said[k] for k, v in _PLAIN.items()}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+
+
+def _find_tag(name, pretrained):
+    """Split "TAG", "FILE" or "TAG:FILE" into tag and file; None for what is lacking."""
+    if not pretrained or open_clip.is_pretrained_cfg(name, pretrained):
+        return pretrained or None, None
+    tag, _, file = pretrained.partition(":")
+    if file and open_clip.is_pretrained_cfg(name, tag):
+        return tag, file
+    if Path(file).is_file() and not Path(pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(f"{name} has no tag {tag!r}, of which {file} is to be: {tags}")
+    return None, pretrained
+
+
+def _seen_of(file):
+    """What can be seen of the settings that a checkpoint file wants, and where."""
+    beside = Path(file).with_name(_CONFIG)
+    if beside.is_file():
+        return _find_settings(_read_config(f"local-dir:{beside.parent}")), beside
+    if re.search("quick[-_]?gelu", Path(file).name.lower()):
+        return {"quick_gelu": True}, "its name"
+    return {}, None
+
+
+def _check_file(file, name, tag, config, seen, where):
+    """Raise ValueError if a file wants other settings than it gets; warn if it may."""
+    settings = _find_settings(config, name, tag)
+    if unlike := {k: v for k, v in seen.items() if v != settings[k]}:
+        gets = {k: settings[k] for k in unlike}
+        raise ValueError(
+            f"{file} wants {unlike}, says {where}, but {name}, tag {tag}, has {gets}: "
+            'give the name or the tag that it is of, e.g. pretrained="openai:FILE", or '
+            'its folder, name "local-dir:FOLDER"'
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    others = [t for t in tags if _find_settings(config, name, t) != settings]
+    if others and not tag and not seen:
+        warnings.warn(
+            f"{file} does not say how it was trained. It gets {settings}, as {name} "
+            f"says, but {', '.join(others)} want something else. If it comes from one "
+            f'of those, say so: pretrained="{others[0]}:{file}"',
+            stacklevel=3,
+        )
+
+
+def _check_grid(file, name, visual):
+    """Raise ValueError if a checkpoint file is for pictures of another size."""
+    if Path(file).suffix in (".npz", ".npy"):  # not in open_clip's own format
+        return
+    device = "cpu" if Path(file).suffix == ".safetensors" else "meta"
+    saved = open_clip.factory.load_state_dict(file, device=device)
+    wanted = visual.positional_embedding
+    found = saved.get("visual.positional_embedding", wanted)
+    if len(found) != len(wanted):
+        raise ValueError(
+            f"{file} has places for {len(found) - 1} patches, and {name} makes "
+            f"{len(wanted) - 1} of a picture: it is of a model for another picture size"
+        )
+
+
+@contextmanager
+def _explained(name, pretrained):
+    """Raise OSError, which says what to do, for whatever a reader of files raises."""
+    try:
+        yield
+    except Exception as error:  # a damaged file raises what its reader raises
+        raise OSError(
+            f"cannot load {name!r} with weights {pretrained!r}. Without a network, "
+            'give a checkpoint file as `pretrained`, or name "local-dir:FOLDER", or '
+            'use build_flamingo("tiny"), which needs no download. '
+            f"open_clip says: {error}"
+        ) from error
+
+
 def load_vision_encoder(name, pretrained=None, cache_dir=None):
     """Load a CLIP from open_clip and keep its vision tower.
 
     Args:
         name: a model that open_clip knows ("ViT-L-14"), or "local-dir:FOLDER".
-        pretrained: a tag ("openai") or a checkpoint file; None gives random weights,
-            unless `name` is a folder, which holds its own.
+        pretrained: a tag ("openai"), a checkpoint file, or "openai:FILE", a file that
+            gets the activation and the picture settings of that tag. None gives random
+            weights, unless `name` is a folder, which holds its own.
         cache_dir: where downloads are kept.
 
     Returns:
@@ -124,26 +289,38 @@ def load_vision_encoder(name, pretrained=None, cache_dir=None):
 
     Raises:
         OSError: the weights are not here and cannot be fetched, or are damaged.
-        ValueError: see `VisionEncoder`.
+        ValueError: the tower gives no patch tokens, which is said before anything is
+            fetched; or a file is seen to be of another model.
     """
-    is_folder = name.startswith("local-dir:")
+    pretrained = pretrained and os.fspath(pretrained)
+    is_place = name.startswith(("local-dir:", "hf-hub:"))  # with weights of its own
     folder = Path(name.removeprefix("local-dir:"))
-    if is_folder and not (folder / "open_clip_config.json").is_file():
-        raise OSError(f"no open_clip_config.json in the folder {folder}")
-    looks_like_file = pretrained and (os.sep in pretrained or Path(pretrained).suffix)
-    if looks_like_file and not Path(pretrained).is_file():
-        raise OSError(f"no checkpoint file {pretrained}")
-    wants_weights = is_folder or pretrained is not None
-    try:
+    if name.startswith("local-dir:") and not (folder / _CONFIG).is_file():
+        raise OSError(f"no {_CONFIG} in the folder {folder}")
+    if is_place and pretrained:
+        raise ValueError(f"{name} has weights of its own: leave out {pretrained!r}")
+    name = name if is_place else name.replace("/", "-")  # as open_clip does
+    tag, file = _find_tag(name, pretrained)
+    if file and (os.sep in file or Path(file).suffix) and not Path(file).is_file():
+        raise OSError(f"no checkpoint file {file}")
+    with _explained(name, pretrained):
+        config = _read_config(name, cache_dir)
+        tower = _tower_of(config["model_cfg"]["vision_cfg"])
+        seen = _seen_of(file) if file else ({}, None)
+    _check_tower(name, *tower)
+    settings = _find_settings(config, name, tag)
+    with _explained(name, pretrained):
         clip, _, image_processor = open_clip.create_model_and_transforms(
-            name, pretrained, cache_dir=cache_dir, require_pretrained=wants_weights
+            name,
+            file or tag,
+            cache_dir=cache_dir,
+            require_pretrained=is_place or pretrained is not None,
+            force_quick_gelu=settings.pop("quick_gelu"),
+            **{f"image_{key}": value for key, value in settings.items()},
         )
-    except Exception as error:  # a damaged file raises what its reader raises
-        raise OSError(
-            f"cannot load {name!r} with weights {pretrained!r}. Without a network, "
-            'give a checkpoint file as `pretrained`, or name "local-dir:FOLDER", or '
-            'use build_flamingo("tiny"), which needs no download. '
-            f"open_clip says: {error}"
-        ) from error
+    encoder = VisionEncoder(clip)
+    if file:
+        _check_file(file, name, tag, config, *seen)
+        _check_grid(file, name, encoder.visual)
     image_processor.transforms.insert(0, rgb_on_white)
-    return VisionEncoder(clip), image_processor
+    return encoder, image_processor

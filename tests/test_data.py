@@ -307,7 +307,7 @@ def test_a_picture_that_is_not_there_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def emoji():
     """The rows of data/emoji; loading them reads every picture."""
-    return load_captions(EMOJI)
+    return load_captions(EMOJI, check_pictures=True)
 
 
 def test_every_file_is_listed_once_and_readable(emoji):

@@ -1,4 +1,4 @@
-"""The eye at its edges: pictures of any mode, and towers that compute something else."""
+"""The eye at its edges: pictures of any mode, towers that compute something else."""
 
 import io
 
