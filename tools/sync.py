@@ -6,13 +6,15 @@
 
 A cell that starts with `#| default_exp NAME` names the module, and the cells that start
 with `#| export` make it up (nbdev's directives). The repository's address comes from
-_config.yml, the only place that knows it.
+_config.yml, the only place that knows it; the version, and what the package needs, from
+pyproject.toml.
 """
 
 import argparse
 import ast
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -25,13 +27,16 @@ SETUP = """\
 import os
 import subprocess
 import sys
+import tomllib
 
 if "google.colab" in sys.modules and not os.path.exists("figures.py"):
     book = "{url}"
     clone = f"git clone -q --depth=1 --branch={branch} {{book}} flamingo_lite"
     if not os.path.exists("flamingo_lite"):
         subprocess.run(clone, shell=True, check=True)
-    subprocess.run("pip install -q open_clip_torch", shell=True, check=True)
+    with open("flamingo_lite/pyproject.toml", "rb") as file:
+        needs = tomllib.load(file)["project"]["dependencies"]
+    subprocess.run(["pip", "install", "-q", *needs], check=True)
     os.chdir("flamingo_lite/book")
 sys.path.insert(0, os.path.abspath(".."))"""
 COLAB = re.compile(r"^\[Open in Colab\]\(.*?\)", re.M)
@@ -44,16 +49,26 @@ INIT = '''\
 
 from importlib import import_module
 
+__version__ = "{version}"
+_NEEDS = [
+{needs}]
 _HOME = {{
 {names}}}
 __all__ = list(_HOME)
 
 
 def __getattr__(name):
-    """Import a name's module when the name is first asked for."""
+    """Import a module, or a name's module, when it is first asked for."""
+    if name in _HOME.values():
+        return import_module(f"{{__name__}}.{{name}}")
     if name not in _HOME:
         raise AttributeError(f"module {{__name__!r}} has no attribute {{name!r}}")
     return getattr(import_module(f"{{__name__}}.{{_HOME[name]}}"), name)
+
+
+def __dir__():
+    """All there is, also what was not asked for yet: for `dir` and the tab key."""
+    return sorted({{*globals(), *__all__, *_HOME.values()}})
 '''
 
 
@@ -120,8 +135,12 @@ def main():
             module, source, names = exported
             wanted[ROOT / "flamingo_lite" / f"{module}.py"] = source
             home |= dict.fromkeys(names, module)
-    names = "".join(f'    "{name}": "{module}",\n' for name, module in home.items())
-    wanted[ROOT / "flamingo_lite" / "__init__.py"] = INIT.format(names=names)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted[ROOT / "flamingo_lite" / "__init__.py"] = INIT.format(
+        version=project["version"],
+        needs="".join(f'    "{need}",\n' for need in project["dependencies"]),
+        names="".join(f'    "{name}": "{module}",\n' for name, module in home.items()),
+    )
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     for path in sorted((ROOT / "flamingo_lite").glob("*.py")):
         if path not in wanted:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path.home() / ".cache" / "flamingo_lite" / "versions"
-NOT_UNIT = {"test_colab.py", "test_notebooks.py", "test_offline.py"}
+NOT_UNIT = {"test_colab.py", "test_notebooks.py", "test_offline.py", "test_package.py"}
 SHOWN = ["torch", "torchvision", "transformers", "open_clip_torch", "numpy", "pillow"]
 COUNTS = ["passed", "failed", "skipped"]
 ASK = """

@@ -1,0 +1,138 @@
+"""The package as pip installs it: one wheel, alone, far from any clone."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
+
+import pytest
+from conftest import ROOT
+
+IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+CAPTION = """
+import sys
+from pathlib import Path
+from PIL import Image
+import flamingo_lite
+from flamingo_lite import *
+
+assert Path(flamingo_lite.__file__).parents[1] == Path(sys.argv[1]), "another one"
+for name in flamingo_lite.__all__:
+    assert name in globals(), name
+built = load_flamingo("tiny")
+print(caption(*built, [Image.open("picture.webp")]))
+try:
+    load_flamingo("smol")
+except OSError as error:
+    print(error)
+"""
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def version_of(name):
+    """The first number of a library's version; 0 if it is not there."""
+    try:
+        return int(version(name).partition(".")[0])
+    except PackageNotFoundError:
+        return 0
+
+
+def normal(name):
+    """A distribution's name as PyPI compares it."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", name)[0]).lower()
+
+
+def imported(path):
+    """The top-level modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.partition(".")[0]
+
+
+def test_what_is_imported_is_declared():
+    """A library that comes along with another one is no promise."""
+    modules = {m for p in (ROOT / "flamingo_lite").glob("*.py") for m in imported(p)}
+    modules -= set(sys.stdlib_module_names) | {"flamingo_lite"}
+    owners = packages_distributions()
+    declared = {normal(need) for need in project()["dependencies"]}
+    lacking = {
+        module
+        for module in modules
+        if not declared & {normal(name) for name in owners[module]}
+    }
+    assert lacking == set()
+    assert {"torch", "matplotlib", "tokenizers"} <= modules
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built without a network from a copy of what a clone has."""
+    if find_spec("pip") is None or version_of("setuptools") < 77:
+        pytest.skip("needs pip and setuptools 77, which comes with a recent torch")
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "clone"
+    source.mkdir()
+    for part in ("flamingo_lite", "data"):
+        shutil.copytree(ROOT / part, source / part, ignore=IGNORED)
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / part, source)
+    command = ["wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    pip(*command, "--wheel-dir", folder, source)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def pip(*words):
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_wheel_carries_what_tiny_needs_and_no_more(wheel):
+    """Every module; weights, settings and their licences; neither pictures nor smol."""
+    names = zipfile.ZipFile(wheel).namelist()
+    inside = {n for n in names if ".dist-info/" not in n}
+    modules = {f"flamingo_lite/{p.name}" for p in (ROOT / "flamingo_lite").glob("*.py")}
+    files = {
+        f"flamingo_lite/data/{path.relative_to(ROOT / 'data')}"
+        for folder in ("tiny_clip", "tiny_opt", "tiny_flamingo")
+        for path in (ROOT / "data" / folder).iterdir()
+        if path.suffix in (".json", ".safetensors")
+    }
+    assert inside == modules | files | {"flamingo_lite/data/README.md"}
+    assert any(name.endswith("LICENSE") for name in names)
+    assert wheel.stat().st_size < 25e6
+    assert wheel.name.startswith(f"flamingo_lite-{project()['version']}-")
+
+
+def test_the_installed_wheel_captions_a_picture(wheel, tmp_path):
+    """In a folder with one picture, no clone and no network; `import *` works too."""
+    target, here = tmp_path / "installed", tmp_path / "here"
+    pip("install", "-q", "--no-deps", "--no-index", "--target", target, wheel)
+    here.mkdir()
+    shutil.copy(ROOT / "data" / "emoji" / "noto" / "lemon.webp", here / "picture.webp")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", CAPTION, target],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": str(target), "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    said, smol = done.stdout.strip().splitlines()
+    assert said == "['a lemon']"
+    assert (
+        "give their folder in a clone of the book" in smol and "smol_flamingo" in smol
+    )
