@@ -17,6 +17,7 @@ _HOME = {
     "extend_instance": "layers",
     "FlamingoLayer": "layers",
     "FlamingoLMMixin": "layers",
+    "as_weights": "model",
     "pixels_to_patches": "model",
     "check_pictures": "model",
     "in_turn": "model",

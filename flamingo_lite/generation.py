@@ -37,7 +37,9 @@ def make_prompt(texts=(), ask=""):
     """
     if ask:
         check_text(ask, "ask")
-    texts = [whole_text(text).strip() for text in texts]
+    if not isinstance(texts, str):  # which interleave refuses
+        whole = [whole_text(text) for text in texts]
+        texts = [text.strip() if isinstance(text, str) else text for text in whole]
     return f"{interleave(texts)}<image>{ask.strip()}"
 
 

@@ -128,7 +128,7 @@ class _DecoderLayers(nn.Module):
         pairs = zip(self.gated_cross_attn_layers, self.old_decoder_blocks, strict=True)
         layers = [FlamingoLayer(*pair, gradient_checkpointing) for pair in pairs]
         self._set_decoder_layers(nn.ModuleList(layers))
-        self._use_cached_vision_x = False
+        self._use_cached_vision_x, self._n_apart = False, 0
         self.initialized_flamingo = True
 
 

@@ -131,7 +131,7 @@ def create_model_and_transforms(
     model = Flamingo(
         vision_encoder, lang_encoder, *new, vision_encoder.dim, **flamingo_kwargs
     )
-    model.config = {
+    model.config.built_with = {
         "clip_vision_encoder_path": clip_vision_encoder_path,
         "clip_vision_encoder_pretrained": clip_vision_encoder_pretrained,
         "lang_encoder_path": lang_encoder_path,
@@ -246,8 +246,9 @@ def build_flamingo(size=None, **kwargs):
         if part not in settings:
             settings[part] = smollm2_folder()
     built = create_model_and_transforms(**settings)
-    backbones = built[0].config["backbones"]
-    built[0].config = {"size": size, **kwargs, "backbones": backbones}
+    config = built[0].config
+    backbones = config.built_with["backbones"]
+    config.built_with = {"size": size, **kwargs, "backbones": backbones}
     return built
 
 
@@ -271,7 +272,14 @@ def save_flamingo(model, folder, dtype=None):
             which says how to build the model and which backbones it needs.
         dtype: e.g. torch.float16 halves the file.
     """
-    config = json.dumps(model.config, indent=2) + "\n"
+    if model.config.built_with is None:
+        raise ValueError(
+            "this model was put together by hand, and nothing says how to build it "
+            "again. Set model.config.built_with to the arguments for build_flamingo, "
+            'e.g. {"size": "tiny"}, or for create_model_and_transforms; or keep the '
+            "weights alone, with safetensors' save_file(trained_tensors(model), path)"
+        )
+    config = json.dumps(model.config.built_with, indent=2) + "\n"
     tensors = {
         name: tensor.to(dtype or tensor.dtype).contiguous()
         for name, tensor in trained_tensors(model).items()
@@ -407,7 +415,7 @@ def load_flamingo(folder_or_name="tiny", **kwargs):
     try:
         built = build(**{**config, **kwargs})
         model = built[0]
-        _check_backbones(needed, model.config["backbones"], path)
+        _check_backbones(needed, model.config.built_with["backbones"], path)
         saved = _read_openflamingo(path, model) if is_file else saved
         problems = list(_misfits(saved, trained_tensors(model)))
     except (OSError, ValueError):

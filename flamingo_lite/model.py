@@ -18,31 +18,60 @@ from threading import RLock, get_ident
 import torch
 from einops import rearrange
 from torch import nn
+from transformers import PretrainedConfig
 
 from flamingo_lite.perceiver import PerceiverResampler
+
+PIXELS, PATCHES = "B, T_img, F, 3, H, W", "B, T_img, F, v, d_img"
+
+
+def as_weights(pictures, module):
+    """Pixels, patches or latents in the number format of a module's weights."""
+    if not pictures.is_floating_point():
+        raise ValueError(
+            f"pictures are {pictures.dtype}: give floats, as the image processor does"
+        )
+    return pictures.to(next(module.parameters(), pictures).dtype)
 
 
 def pixels_to_patches(visual, pixels):
     """(B, T_img, F, 3, H, W) pixels to (B, T_img, F, v, d_img), by a frozen tower."""
     if pixels.ndim != 6:
-        raise ValueError(f"want (B, T_img, F, 3, H, W), got {tuple(pixels.shape)}")
+        raise ValueError(f"want ({PIXELS}), got {tuple(pixels.shape)}")
     flat = rearrange(pixels, "B T_img F c H W -> (B T_img F) c H W")
     with torch.no_grad():
-        tokens = visual(flat)[1]  # (B * T_img * F, v, d_img)
+        tokens = visual(as_weights(flat, visual))[1]  # (B * T_img * F, v, d_img)
     return tokens.unflatten(0, pixels.shape[:3])  # (B, T_img, F, v, d_img)
 
 
-def check_pictures(patches, media_locations):
-    """Raise ValueError if these pictures cannot go with this text, (B, T_txt) bool."""
-    if patches.ndim != 5:
-        raise ValueError(f"want (B, T_img, F, v, d_img), got {tuple(patches.shape)}")
-    B, T_img = patches.shape[:2]
+def check_pictures(pictures, media_locations, axes=PATCHES, spare=False):
+    """Raise ValueError if these pictures cannot go with this text.
+
+    Args:
+        pictures: (B, T_img, F, …) as `axes` says; zeros where there is no picture.
+        media_locations: (B, T_all) bool, True at `<image>`.
+        spare: a row may have more pictures than `<image>` tokens.
+    """
+    if pictures.ndim != len(axes.split()):
+        raise ValueError(f"want ({axes}), got {tuple(pictures.shape)}")
+    B, T_img = pictures.shape[:2]
     if B != len(media_locations):
         raise ValueError(f"pictures for {B} rows, but {len(media_locations)} of text")
-    for row, count in enumerate(media_locations.sum(dim=1).tolist()):
+    counts = media_locations.sum(dim=1)  # (B,)
+    flat = pictures.flatten(2)  # (B, T_img, numbers of one picture)
+    shown = (flat.amax(dim=-1) != 0) | (flat.amin(dim=-1) != 0)  # (B, T_img)
+    number = torch.arange(T_img, device=counts.device)  # (T_img,)
+    left = (shown & (number >= counts[:, None])).sum(dim=1)  # (B,) never seen
+    for row, (count, over) in enumerate(torch.stack((counts, left), dim=1).tolist()):
         if count > T_img:
             raise ValueError(
                 f"row {row} has {count} <image> tokens, but {T_img} pictures"
+            )
+        if over and not spare:
+            raise ValueError(
+                f"row {row} has {count} <image> tokens, and {over} pictures too many: "
+                "take them out, put zeros in their place, or give forward or "
+                "cache_media spare_pictures=True if their <image> is still to come"
             )
 
 
@@ -101,6 +130,10 @@ class _ThreeParts(nn.Module):
         only_attend_immediate_media: False, tokens see all images before them.
         perceiver_kwargs, cross_attn_kwargs: for `PerceiverResampler` and
             `GatedCrossAttentionBlock`.
+
+    Attributes:
+        config: what transformers' tools ask of a model. `config.built_with` is a dict
+            that says how to build it again, None if it was put together by hand.
     """
 
     def __init__(
@@ -120,6 +153,7 @@ class _ThreeParts(nn.Module):
         self._turns = _Turns()
         self.eoc_token_id, self.media_token_id = eoc_token_id, media_token_id
         self.vis_dim, self.lang_dim = vis_dim, lang_encoder.config.hidden_size
+        self.config = PretrainedConfig(hidden_size=self.lang_dim, built_with=None)
         self.vision_encoder = vision_encoder.visual
         self.perceiver = PerceiverResampler(dim=vis_dim, **(perceiver_kwargs or {}))
         self.lang_encoder = lang_encoder
@@ -149,43 +183,61 @@ class _PictureMemory(_ThreeParts):
         """`with model.alone():` keeps other threads waiting, for several calls."""
         return self._turns.lock
 
-    def _encode_vision_x(self, vision_x, vision_features, lang_x):
+    def _encode_vision_x(self, vision_x, vision_features, media_locations, spare=False):
         """Leave the latents of the pictures in every layer."""
         self._turns.last = get_ident()
         if (vision_x is None) == (vision_features is None):
             given = "no pictures" if vision_x is None else "pictures given twice"
             raise ValueError(f"{given}: give vision_x or vision_features")
         if vision_features is None:
+            check_pictures(vision_x, media_locations, PIXELS, spare)
             vision_features = pixels_to_patches(self.vision_encoder, vision_x)
-        check_pictures(vision_features, lang_x == self.media_token_id)
-        dtype = self.perceiver.latents.dtype  # cached features may be half precision
-        media = self.perceiver(vision_features.to(dtype))  # (B, T_img, n, d_img)
+        else:
+            check_pictures(vision_features, media_locations, PATCHES, spare)
+        patches = as_weights(vision_features, self.perceiver)
+        media = self.perceiver(patches)  # (B, T_img, n, d_img)
+        media = as_weights(media, self.lang_encoder.gated_cross_attn_layers)
         for layer in self.lang_encoder._get_decoder_layers():
             layer.condition_vis_x(media)
 
+    def _check_cached(self, media_locations):
+        """Raise ValueError for more `<image>` tokens in a row than cached pictures."""
+        media = self.lang_encoder._get_decoder_layers()[0].vis_x
+        if len(media) == 1:  # one row of pictures will do for many of text
+            media = media.expand(len(media_locations), -1, -1, -1)
+        check_pictures(media, media_locations, "B, T_img, n, d_img", spare=True)
+
     def _repeat_rows(self, copies, keep_keys_values=True):
-        """Copy what the layers know of a row, and make keys and values of it, once."""
+        """Make keys and values of each row's pictures, once, and copy all of it."""
         layers = self.lang_encoder._get_decoder_layers()
         media, locations = layers[0].vis_x, layers[0].media_locations
         media = media.repeat_interleave(copies, dim=0)  # (B * copies, T_img, n, d_img)
         if locations is not None:
             locations = locations.repeat_interleave(copies, dim=0)  # (B * copies, …)
         for layer in layers:
+            if keep_keys_values and layer.keys_values is None:
+                layer.keep_keys_values()
+            kept = layer.keys_values  # (B, h, T_img * n, d_head) each
             layer.condition_vis_x(media)
             layer.condition_media_locations(locations)
-            if keep_keys_values:
-                layer.keep_keys_values()
+            if kept is not None:
+                layer.keys_values = [t.repeat_interleave(copies, dim=0) for t in kept]
 
     @in_turn
-    def cache_media(self, input_ids, vision_x, vision_features=None):
+    def cache_media(
+        self, input_ids, vision_x, vision_features=None, spare_pictures=False
+    ):
         """Keep pictures, and where `<image>` stands in `input_ids`, for calls to come.
 
         Until `uncache_media`, `forward` takes no pictures, and must be told
-        `clear_conditioned_layers=False`, or it forgets them.
+        `clear_conditioned_layers=False`, or it forgets them. With `spare_pictures` there
+        may be more of them than `<image>` in `input_ids`, for those to come.
         """
-        self._encode_vision_x(vision_x, vision_features, input_ids)
+        locations = input_ids == self.media_token_id  # (B, T_txt)
+        self._encode_vision_x(vision_x, vision_features, locations, spare_pictures)
         for layer in self.lang_encoder._get_decoder_layers():
-            layer.condition_media_locations(input_ids == self.media_token_id)
+            layer.condition_media_locations(locations)
+            layer.keep_keys_values()
         self.lang_encoder._use_cached_vision_x = True
 
     def uncache_media(self):
@@ -236,6 +288,7 @@ class Flamingo(_PictureMemory):
         past_key_values=None,
         use_cache=False,
         vision_features=None,
+        spare_pictures=False,
     ):
         """Read pictures and text, and predict every next token.
 
@@ -247,19 +300,26 @@ class Flamingo(_PictureMemory):
             past_key_values, use_cache: the language model's cache, which grows, as in
                 transformers; `generate` works on a copy.
             vision_features: (B, T_img, F, v, d_img), instead of `vision_x`.
+            spare_pictures: a row may have more pictures than `<image>`, for those to
+                come; without it, only pictures of zeros may be left over.
 
         Returns: the language model's output, `logits` (B, T_txt, vocab), maybe `loss`.
         """
+        lm, pictures = self.lang_encoder, (vision_x, vision_features)
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             self._turns.check_who_left()  # where `<image>` stood is still in the layers
         try:
-            if not self.lang_encoder._use_cached_vision_x:
-                self._encode_vision_x(vision_x, vision_features, lang_x)
+            locations = lm._locate_media(lang_x, past_key_values)  # (B, T_all)
+            if not lm._use_cached_vision_x:
+                self._encode_vision_x(*pictures, locations, spare_pictures)
             elif vision_x is not None or vision_features is not None:
                 raise ValueError("pictures are cached: call uncache_media first")
-            return self.lang_encoder(
+            else:
+                self._check_cached(locations)
+            return lm(
                 input_ids=lang_x,
                 attention_mask=attention_mask,
+                media_locations=locations,
                 labels=labels,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
@@ -301,12 +361,14 @@ class Flamingo(_PictureMemory):
         ours |= {"pad_token_id": lm.config.pad_token_id}
         for name, value in ours.items():  # what a given configuration says, comes first
             said = getattr(kwargs.get("generation_config"), name, None)
-            if said is None or said == getattr(lm.generation_config, name, None):
-                kwargs.setdefault(name, value)
+            is_own = said in (None, getattr(lm.generation_config, name, None))
+            kwargs.setdefault(name, value if is_own else said)
+        writes_image = self.media_token_id not in (kwargs["suppress_tokens"] or ())
         if kwargs.get("past_key_values") is not None:  # the caller's: it would grow
             kwargs["past_key_values"] = copy.deepcopy(kwargs["past_key_values"])
         try:
-            self._encode_vision_x(vision_x, vision_features, lang_x)
+            locations = lang_x == self.media_token_id  # (B, T_txt)
+            self._encode_vision_x(vision_x, vision_features, locations, writes_image)
             self._repeat_rows(copies, keep_keys_values)
             return lm.generate(lang_x, attention_mask=attention_mask, **kwargs)
         finally:

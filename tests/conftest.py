@@ -139,15 +139,25 @@ def tokenize(tokenizer, texts, side="left"):
 
 
 def random_features(B, T_img, F=1, seed=0):
-    """(B, T_img, F, V, D_IMG) visual tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(B, T_img, F, V, D_IMG, generator=generator)
+    """(B, T_img, F, V, D_IMG) visual tokens, of rows or of `B` as below."""
+    return _some(B, T_img, (F, V, D_IMG), seed)
 
 
 def random_pixels(B, T_img, F=1, seed=0):
-    """(B, T_img, F, 3, 32, 32) pixels."""
+    """(B, T_img, F, 3, 32, 32) pixels.
+
+    B: how many rows, or a list of how many pictures each has; the others are zeros.
+    """
+    return _some(B, T_img, (F, 3, 32, 32), seed)
+
+
+def _some(B, T_img, shape, seed):
+    counts = [T_img] * B if isinstance(B, int) else B
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(B, T_img, F, 3, 32, 32, generator=generator)
+    pictures = torch.randn(len(counts), T_img, *shape, generator=generator)
+    for row, count in enumerate(counts):
+        pictures[row, count:] = 0.0
+    return pictures
 
 
 def make_picture(colour, size=(40, 30)):

@@ -270,7 +270,7 @@ def test_surplus_features_are_an_error(small):
     assert_clean(model)
 
 
-# ----------------------------------------------------------------- rows without pictures
+# -------------------------------------------------------------------- rows without pictures
 
 
 @torch.no_grad()
@@ -375,7 +375,7 @@ def test_blanks_in_a_made_prompt():
     )
 
 
-# -------------------------------------------------------------------------------- scores
+# -------------------------------------------------------------------- scores
 
 
 def test_scores_in_half_precision_are_summed_in_float32(small):
@@ -419,7 +419,7 @@ def test_near_certainty_is_not_rounded_to_certainty(small):
     assert_close(scores[0], 2 * logits.log_softmax(dim=-1)[0], rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------- options
+# -------------------------------------------------------------------- options
 
 
 def sampled(small, picture, seed=0, **options):

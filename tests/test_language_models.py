@@ -120,7 +120,7 @@ def test_closed_gates_change_nothing_and_open_ones_look(build, paths, kind, side
     model, _, tokenizer = build()
     plain = plain_language_model(paths[kind], model)
     ids, mask = tokenize(tokenizer, TEXTS, side)
-    first, other = random_features(2, 2, seed=1), random_features(2, 2, seed=2)
+    first, other = random_features([2, 1], 2, seed=1), random_features([2, 1], 2, seed=2)
     other[:, 0] = first[:, 0]  # only the second picture, of row 0, is another
     behind = (ids == model.media_token_id).cumsum(dim=1) == 2  # (B, T_txt)
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_generation_with_all_caches_is_each_row_alone(build):
     ids, mask = tokenize(tokenizer, PROMPTS)
     written = []
     for seed in range(3):
-        features = random_features(3, 2, seed=seed)
+        features = random_features([2, 1, 0], 2, seed=seed)
         settings = {"vision_features": features, "max_new_tokens": 10}
         cached = model.generate(None, ids, mask, do_sample=False, **settings)
         whole = model.generate(
@@ -187,7 +187,7 @@ def test_one_step_moves_only_what_is_trained(build):
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2), lr=1e-2)
     ids, mask = tokenize(tokenizer, TEXTS, "right")
     labels = make_labels(ids, model.media_token_id, model.eoc_token_id, mask)
-    features = random_features(2, 2)
+    features = random_features([2, 1], 2)
     losses = []
     model.train()
     for _ in range(2):
@@ -215,7 +215,7 @@ def test_gradient_checkpointing_changes_no_gradient(build):
         for layer in model.lang_encoder.old_decoder_blocks:
             layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         ids, mask = tokenize(tokenizer, TEXTS, "right")
-        features = random_features(2, 2)
+        features = random_features([2, 1], 2)
         model.train()
         loss = model(None, ids, mask, ids, vision_features=features).loss
         loss.backward()
@@ -255,7 +255,7 @@ def test_saved_and_loaded_it_is_the_same(backbones, tmp_path, kind, has_pad):
     torch.manual_seed(1)
     loaded, _, _ = load_flamingo(tmp_path / "saved")
     ids, mask = tokenize(tokenizer, TEXTS)
-    pixels = random_pixels(2, 2)
+    pixels = random_pixels([2, 1], 2)
     with torch.no_grad():
         logits = loaded(pixels, ids, mask).logits
         assert torch.equal(logits, model(pixels, ids, mask).logits)

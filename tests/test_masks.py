@@ -223,20 +223,21 @@ def test_model_notices_exactly_from_the_image_on(
     make_model, side, immediate, image, row
 ):
     """A changed image reaches the tokens that look at it and, through the language
-    model's own attention, the tokens after them; none before, and no other row."""
+    model's own attention, the tokens after them; none before, and no other row. A
+    picture without an `<image>` is looked at by none."""
     sizes = {"heads": 2, "dim_head": 16, "only_attend_immediate_media": immediate}
     model, _, tokenizer = make_model(gates=1.0, cross_attn_kwargs=sizes)
-    ids, attention_mask = tokenize(tokenizer, TEXTS, side)
-    features = random_features(3, 2)
+    ids, mask = tokenize(tokenizer, TEXTS, side)
+    features = random_features([2, 1, 0], 2)
     other = features.clone()
     other[row, image] += 1.0
     with torch.no_grad():
         before, after = (
-            model(None, ids, attention_mask, vision_features=x).logits
+            model(None, ids, mask, vision_features=x, spare_pictures=True).logits
             for x in (features, other)
         )
     assert before.isfinite().all()
-    real = attention_mask.bool()
+    real = mask.bool()
     expected = torch.zeros_like(real)
     places = (ids[row] == model.media_token_id).nonzero().flatten().tolist()
     if image < len(places):
@@ -247,7 +248,7 @@ def test_model_notices_exactly_from_the_image_on(
 def test_padding_changes_nothing(small):
     """A row alone, padded left and padded right gives the same logits."""
     model, _, tokenizer = small
-    features = random_features(3, 2)
+    features = random_features([2, 1, 0], 2)
     logits = {}
     with torch.no_grad():
         for side in ("left", "right"):
@@ -267,7 +268,7 @@ def test_pictures_come_from_vision_x_in_order(small):
     """Through the pixels too: picture k of a row belongs to its k-th `<image>`."""
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, TEXTS[:2])
-    pixels = random_pixels(2, 2)
+    pixels = random_pixels([2, 1], 2)
     other = pixels.clone()
     other[0, 1] += 1.0
     with torch.no_grad():

@@ -82,7 +82,7 @@ def test_closed_gates_leave_the_language_model(make_model, backbones, training, 
     ids, mask = tokenize(tokenizer, TEXTS, side)
     plain = language_model_alone(backbones["opt"], model)
     with torch.no_grad():
-        logits = model(random_pixels(2, 2), ids, mask).logits
+        logits = model(random_pixels([2, 1], 2), ids, mask).logits
         assert torch.equal(logits, plain(ids, attention_mask=mask).logits)
 
 
@@ -91,7 +91,7 @@ def test_open_gates_do_not(small, backbones):
     ids, mask = tokenize(tokenizer, TEXTS)
     plain = language_model_alone(backbones["opt"], model)
     with torch.no_grad():
-        logits = model(random_pixels(2, 2), ids, mask).logits
+        logits = model(random_pixels([2, 1], 2), ids, mask).logits
         assert not torch.allclose(logits, plain(ids, attention_mask=mask).logits)
 
 
@@ -101,7 +101,7 @@ def test_only_gates_get_gradient_at_the_start(make_model, freeze):
     model, _, tokenizer = make_model(freeze_lm_embeddings=freeze)
     model.train()
     batch = labelled_batch(model, tokenizer)
-    model(None, vision_features=random_features(2, 2), **batch).loss.backward()
+    model(None, vision_features=random_features([2, 1], 2), **batch).loss.backward()
     moved = {
         name
         for name, parameter in model.named_parameters()
@@ -124,7 +124,7 @@ def test_frozen_means_frozen(make_model):
     model, _, tokenizer = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2), lr=1e-2)
-    batch, pixels = labelled_batch(model, tokenizer), random_pixels(2, 2)
+    batch, pixels = labelled_batch(model, tokenizer), random_pixels([2, 1], 2)
     model.train()
     for _ in range(4):
         optimizer.zero_grad()
@@ -178,7 +178,7 @@ def test_gradient_checkpointing_saves_and_changes_nothing(make_model):
             layer.fc1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model.train()
         batch = labelled_batch(model, tokenizer)
-        model(None, vision_features=random_features(2, 2), **batch).loss.backward()
+        model(None, vision_features=random_features([2, 1], 2), **batch).loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         results.append((len(calls), gradients))
     (plain_calls, plain), (calls, gradients) = results
@@ -194,9 +194,10 @@ def test_gradient_checkpointing_saves_and_changes_nothing(make_model):
 def test_vision_features_equal_vision_x(small, F):
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, TEXTS)
-    pixels = random_pixels(2, 2, F)
+    pixels = random_pixels([2, 1], 2, F)
     with torch.no_grad():
         features = model.vision_encoder(pixels.flatten(0, 2))[1].unflatten(0, (2, 2, F))
+        features[1, 1] = 0.0  # where there is no picture
         from_pixels = model(pixels, ids, mask).logits
         assert torch.equal(
             model(None, ids, mask, vision_features=features).logits, from_pixels
@@ -209,12 +210,13 @@ def test_vision_features_equal_vision_x(small, F):
 
 
 def test_no_image_at_all_in_the_text(small, backbones):
-    """Then the pictures are ignored, whatever they show."""
+    """Then the pictures are zeros, or kept for later, and ignored, whatever they show."""
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, ["no picture here"])
     with torch.no_grad():
-        one = model(random_pixels(1, 1, seed=1), ids, mask).logits
-        assert torch.equal(one, model(random_pixels(1, 1, seed=2), ids, mask).logits)
+        one = model(random_pixels([0], 1), ids, mask).logits
+        other = model(random_pixels(1, 1, seed=2), ids, mask, spare_pictures=True)
+        assert torch.equal(one, other.logits)
         assert one.isfinite().all()
 
 
@@ -232,7 +234,7 @@ def test_wrong_pictures_are_named(small, call):
 
     for pixels, message in (
         (None, "vision_x or vision_features"),
-        (random_pixels(2, 2), r"row 1 .*3 <image>.*2 pictures"),
+        (random_pixels([1, 2], 2), r"row 1 .*3 <image>.*2 pictures"),
         (random_pixels(2, 3)[0], r"B, T_img, F, 3"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -260,9 +262,9 @@ def test_layers_that_were_not_conditioned_say_so(small):
 def test_cached_media_and_new_pictures_together_are_refused(small):
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, TEXTS)
-    model.cache_media(ids, random_pixels(2, 2))
+    model.cache_media(ids, random_pixels([2, 1], 2))
     with pytest.raises(ValueError, match="uncache_media"):
-        model(random_pixels(2, 2), ids, mask)
+        model(random_pixels([2, 1], 2), ids, mask)
     model.uncache_media()
     assert_clean(model)
 
@@ -286,7 +288,7 @@ class Stop(LogitsProcessor):
 def test_state_is_clean_after_every_exit(small):
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, TEXTS)
-    pixels = random_pixels(2, 2)
+    pixels = random_pixels([2, 1], 2)
     settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
     wanted = model.generate(pixels, ids, **settings)
     with torch.no_grad():
@@ -312,7 +314,7 @@ def test_state_is_clean_after_every_exit(small):
 def test_nothing_passed_in_is_changed(small):
     model, _, tokenizer = small
     batch = labelled_batch(model, tokenizer, side="left")
-    passed = {**batch, "pixels": random_pixels(2, 2), "features": random_features(2, 2)}
+    passed = {**batch, "pixels": random_pixels([2, 1], 2), "features": random_features([2, 1], 2)}
     copies = {name: tensor.clone() for name, tensor in passed.items()}
     settings = {"attention_mask": batch["attention_mask"], "max_new_tokens": 3}
     config = GenerationConfig(do_sample=False)
@@ -365,7 +367,8 @@ def full_recompute(model, features, ids, mask, n_tokens, suppress=True, force=No
     done = torch.zeros(len(ids), dtype=torch.bool)
     pad = model.lang_encoder.config.pad_token_id
     for _ in range(n_tokens):
-        scores = model(None, ids, mask, vision_features=features).logits[:, -1]
+        pictures = {"vision_features": features, "spare_pictures": True}
+        scores = model(None, ids, mask, **pictures).logits[:, -1]
         if suppress:
             scores[:, model.media_token_id] = -torch.inf
         if force is not None:
@@ -389,7 +392,8 @@ def test_greedy_is_a_full_recompute(make_model, prompt, immediate):
     ids, mask = tokenize(tokenizer, PROMPTS[prompt])
     answers = []
     for seed in range(2):
-        features = random_features(2, 2, seed=seed)
+        counts = (ids == model.media_token_id).sum(dim=1).tolist()
+        features = random_features(counts, 2, seed=seed)
         settings = {
             "vision_features": features,
             "max_new_tokens": 8,
@@ -407,7 +411,7 @@ def test_greedy_is_a_full_recompute(make_model, prompt, immediate):
 
 def test_a_row_in_a_batch_writes_what_it_writes_alone(small):
     model, _, tokenizer = small
-    prompts, features = PROMPTS["ends in text"], random_features(2, 2)
+    prompts, features = PROMPTS["ends in text"], random_features([2, 1], 2)
     ids, mask = tokenize(tokenizer, prompts)
     settings = {"max_new_tokens": 8, "do_sample": False}
     together = model.generate(None, ids, mask, vision_features=features, **settings)
@@ -426,7 +430,7 @@ def test_a_row_that_emits_an_image_token(small):
     with its own first one, as in a full recompute."""
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, ["<image>a lemon and", "<image>a"])
-    features = random_features(2, 2)
+    features = random_features([2, 1], 2)
     force = Force(row=0, length=ids.shape[1] + 2, token=model.media_token_id)
     wanted = full_recompute(model, features, ids, mask, 10, suppress=False, force=force)
     assert (wanted[0] == model.media_token_id).sum() == 2
@@ -471,7 +475,7 @@ def assert_logits_are_recomputed(model, features, prompt_mask, out, copies):
 def test_sampling_uses_the_recomputed_logits(small, num_return_sequences):
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, PROMPTS["ends in text"])
-    features, outs = random_features(2, 2), []
+    features, outs = random_features([2, 1], 2), []
     for use_cache in (True, False):
         torch.manual_seed(0)
         outs.append(
@@ -499,7 +503,7 @@ def test_beams_are_a_full_recompute(small, num_return_sequences):
     """Equal with and without cache, and each score is what `forward` gives the text."""
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, PROMPTS["ends in text"])
-    features = random_features(2, 2)
+    features = random_features([2, 1], 2)
     settings = {
         "vision_features": features,
         "num_beams": 3,
@@ -536,7 +540,7 @@ def test_beams_named_in_a_generation_config(small):
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, PROMPTS["ends in text"])
     settings = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4}
-    features = random_features(2, 2)
+    features = random_features([2, 1], 2)
     wanted = model.generate(None, ids, mask, vision_features=features, **settings)
     config = GenerationConfig(
         eos_token_id=model.eoc_token_id,
@@ -576,13 +580,14 @@ def test_steps_by_hand_count_images_row_by_row(small, emits):
     more[more == model.media_token_id] = 5
     if emits:
         more[0, 2] = model.media_token_id
-    text, features = torch.cat((ids, more), dim=1), random_features(2, 2)
+    text, features = torch.cat((ids, more), dim=1), random_features([1 + emits, 1], 2)
+    more_to_come = {"spare_pictures": True}
     with torch.no_grad():
         wanted = model(None, text, vision_features=features).logits
         for cached in (True, False):
-            pictures = {} if cached else {"vision_features": features}
+            pictures = {} if cached else {"vision_features": features, **more_to_come}
             if cached:
-                model.cache_media(text[:, :3], None, vision_features=features)
+                model.cache_media(text[:, :3], None, features, **more_to_come)
             past, logits = DynamicCache(), []
             for piece in (text[:, :3], *text[:, 3:].split(2, dim=1)):
                 out = model(
@@ -618,7 +623,7 @@ def test_keys_and_values_of_the_pictures_are_made_once(small):
     ids, mask = tokenize(tokenizer, PROMPTS["ends in text"])
     blocks = [b for b in model.lang_encoder.gated_cross_attn_layers if b is not None]
     calls, asked = [], {"max_new_tokens": 6, "do_sample": False}
-    asked |= {"attention_mask": mask, "vision_features": random_features(2, 2)}
+    asked |= {"attention_mask": mask, "vision_features": random_features([2, 1], 2)}
     asked |= {"min_new_tokens": 6}
     hooks = [
         b.attn.to_kv.register_forward_hook(lambda *_: calls.append(1)) for b in blocks
@@ -642,8 +647,8 @@ def test_a_cache_that_was_passed_in_is_left_as_it_was(small):
     wanted = model.generate(None, ids, **asked)
     past = DynamicCache()
     with torch.no_grad():
-        features = asked["vision_features"]
-        model(None, ids[:, :5], past_key_values=past, vision_features=features)
+        pictures = {"vision_features": asked["vision_features"], "spare_pictures": True}
+        model(None, ids[:, :5], past_key_values=past, **pictures)
     before = [layer.keys.clone() for layer in past.layers]
     for _ in range(2):
         assert torch.equal(
@@ -658,9 +663,9 @@ def test_generate_refuses_while_pictures_are_cached(small):
     """And what was cached is still there afterwards."""
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, TEXTS)
-    model.cache_media(ids, random_pixels(2, 2))
+    model.cache_media(ids, random_pixels([2, 1], 2))
     with pytest.raises(ValueError, match="uncache_media"):
-        model.generate(random_pixels(2, 2), ids, mask)
+        model.generate(random_pixels([2, 1], 2), ids, mask)
     assert model.lang_encoder.is_conditioned()
     model.uncache_media()
     assert_clean(model)
@@ -710,7 +715,7 @@ def test_round_trip(saved):
     model, tokenizer, folder = saved
     loaded, _, _ = load_flamingo(folder)
     ids, mask = tokenize(tokenizer, TEXTS)
-    pixels = random_pixels(2, 2)
+    pixels = random_pixels([2, 1], 2)
     with torch.no_grad():
         assert torch.equal(
             loaded(pixels, ids, mask).logits, model(pixels, ids, mask).logits
@@ -733,7 +738,7 @@ def test_round_trip_in_half_precision(saved):
     loaded, _, _ = load_flamingo(folder)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     ids, mask = tokenize(tokenizer, TEXTS)
-    pixels = random_pixels(2, 2)
+    pixels = random_pixels([2, 1], 2)
     with torch.no_grad():
         logits = loaded(pixels, ids, mask).logits
         assert_close(logits, model(pixels, ids, mask).logits, rtol=0.05, atol=0.05)
@@ -828,7 +833,7 @@ def test_a_model_without_a_size_is_saved_too(make_model, backbones, tmp_path):
     assert config["backbones"]["vision_encoder"]["name"] == "clip"
     loaded, _, _ = load_flamingo(tmp_path)
     ids, mask = tokenize(tokenizer, TEXTS)
-    pixels = random_pixels(2, 2)
+    pixels = random_pixels([2, 1], 2)
     with torch.no_grad():
         assert torch.equal(
             loaded(pixels, ids, mask).logits, model(pixels, ids, mask).logits
@@ -882,7 +887,7 @@ def test_other_language_models(make_model, tmp_path, kind):
     model, _, tokenizer = make_model(language_model=path)
     plain = language_model_alone(path, model)
     ids, mask = tokenize(tokenizer, TEXTS)
-    features = random_features(2, 2)
+    features = random_features([2, 1], 2)
     with torch.no_grad():
         wanted = plain(ids, attention_mask=mask).logits
         logits = model(None, ids, mask, vision_features=features).logits
@@ -909,7 +914,7 @@ def test_an_unknown_kind_asks_for_the_attribute(make_model, tmp_path):
     )
     ids, mask = tokenize(tokenizer, TEXTS)
     with torch.no_grad():
-        assert model(random_pixels(2, 2), ids, mask).logits.isfinite().all()
+        assert model(random_pixels([2, 1], 2), ids, mask).logits.isfinite().all()
 
 
 def test_a_wrong_attribute_is_named(backbones):

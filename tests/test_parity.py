@@ -177,7 +177,7 @@ def model_batch(model, tokenizer, side="right"):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_model_logits_and_loss(models, side):
     mine, reference, tokenizer = models
-    pixels, batch = random_pixels(2, 2), model_batch(mine, tokenizer, side)
+    pixels, batch = random_pixels([2, 1], 2), model_batch(mine, tokenizer, side)
     with torch.no_grad():
         result, wanted = mine(pixels, **batch), reference(pixels, **batch)
     real = batch["attention_mask"].bool()  # padding is read by no one
@@ -187,7 +187,7 @@ def test_model_logits_and_loss(models, side):
 
 def test_model_gradients(models):
     mine, reference, tokenizer = models
-    pixels, batch = random_pixels(2, 2), model_batch(mine, tokenizer)
+    pixels, batch = random_pixels([2, 1], 2), model_batch(mine, tokenizer)
     for model in (mine, reference):
         model.zero_grad()
         model(pixels, **batch).loss.backward()
@@ -214,7 +214,7 @@ def test_model_weights_go_both_ways(models, make_model):
         cross_attn_kwargs=None,
     )
     other.load_state_dict(reference.state_dict(), strict=True)
-    pixels, batch = random_pixels(2, 2), model_batch(mine, tokenizer)
+    pixels, batch = random_pixels([2, 1], 2), model_batch(mine, tokenizer)
     with torch.no_grad():
         assert torch.equal(other(pixels, **batch).logits, mine(pixels, **batch).logits)
 
@@ -222,7 +222,7 @@ def test_model_weights_go_both_ways(models, make_model):
 def test_model_with_cached_media(models):
     """`cache_media`, then a text that comes after: how the reference scores."""
     mine, reference, tokenizer = models
-    pixels = random_pixels(2, 2)
+    pixels = random_pixels([2, 1], 2)
     prompt, _ = tokenize(tokenizer, ["<image> a <image>", "<image> a b"])
     answer, _ = tokenize(tokenizer, ["is it a lemon?", "is it a tent?"])
     logits = []
@@ -270,7 +270,7 @@ def test_beam_search(models):
 def test_cached_media_and_one_token_at_a_time(models):
     """`cache_media`, the prompt with the language model's cache, then single tokens."""
     mine, reference, tokenizer = models
-    pixels = random_pixels(2, 2)
+    pixels = random_pixels([2, 1], 2)
     ids, mask = tokenize(tokenizer, ["<image> a <image>", "<image> a b"])
     answer, _ = tokenize(tokenizer, ["a lemon", "a tent"])
     logits = []
@@ -322,7 +322,7 @@ def load_released(path, backbones, model):
 def test_a_released_checkpoint(models, released, backbones):
     mine, reference, tokenizer = models
     loaded, _, _ = load_released(released, backbones, mine)
-    pixels, batch = random_pixels(2, 2), model_batch(mine, tokenizer)
+    pixels, batch = random_pixels([2, 1], 2), model_batch(mine, tokenizer)
     with torch.no_grad():
         result, wanted = loaded(pixels, **batch), reference(pixels, **batch)
     assert_close(result.logits, wanted.logits, **TOLERANCE)
