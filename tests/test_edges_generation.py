@@ -270,7 +270,7 @@ def test_surplus_features_are_an_error(small):
     assert_clean(model)
 
 
-# -------------------------------------------------------------------- rows without pictures
+# --------------------------------------------------------------- rows without pictures
 
 
 @torch.no_grad()
