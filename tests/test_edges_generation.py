@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import time
+from inspect import signature
 
 import numpy as np
 import open_clip
@@ -24,6 +25,7 @@ from flamingo_lite import (
     load_captions,
     load_flamingo,
     make_prompt,
+    pixels_to_patches,
     read_picture,
     score_candidates,
     stream_caption,
@@ -398,6 +400,24 @@ def test_scores_in_half_precision_are_summed_in_float32(small):
         assert_close(score, told, rtol=1e-5, atol=1e-5)
 
 
+def test_every_door_in_half_precision(small, pictures):
+    """Pictures and features are cast by the model, and nowhere else."""
+    model, image_processor, tokenizer = small
+    model.bfloat16()
+    pixels = torch.stack([image_processor(p) for p in pictures])[:, None, None]
+    features = pixels_to_patches(model.vision_encoder, pixels)
+    assert features.dtype == torch.bfloat16
+    texts = caption(*small, pictures, max_new_tokens=4)
+    assert caption(model, None, tokenizer, features.float(), max_new_tokens=4) == texts
+    mixed = caption(*small, [[], pictures[:1]], ["a", "<image>"], max_new_tokens=4)
+    assert len(mixed) == 2 and mixed[1] == texts[0]
+    one = "".join(stream_caption(*small, pictures[0], max_new_tokens=4)).strip()
+    assert one == texts[0]
+    scores = score_candidates(*small, pictures[0], "<image>", ANSWERS)
+    again = score_candidates(model, None, tokenizer, features[0], "<image>", ANSWERS)
+    assert_close(scores, again)
+
+
 def test_near_certainty_is_not_rounded_to_certainty(small):
     """A log-probability of -0.0018 must not become 0.0."""
     model, _, tokenizer = small
@@ -407,7 +427,6 @@ def test_near_certainty_is_not_rounded_to_certainty(small):
         row = tokenizer("<image>a").input_ids
         logits = torch.zeros_like(output.logits)
         logits[..., [row[-1], model.eoc_token_id]] = 14.0
-        logits[..., row[-1]] += 0.0
         output.logits = logits.bfloat16()
         return output
 
@@ -661,21 +680,6 @@ def test_each_option_works(small, backbones, pictures, name):
     assert_clean(model)
 
 
-def test_all_options_of_transformers_are_decided():
-    """One that a new version brings has to be tried, or refused, first."""
-    known = set(vars(GenerationConfig()))
-    assert set(OPTIONS) - known == {
-        "assistant_model",
-        "generation_config",
-        "keep_keys_values",
-        "logits_processor",
-        "prefix_allowed_tokens_fn",
-        "stopping_criteria",
-        "streamer",
-        "synced_gpus",
-    } | (set(OPTIONS) & {"top_h"} - known)
-
-
 REFUSED = """
     inputs input_ids inputs_embeds attention_mask position_ids past_key_values lang_x
     vision_x vision_features media_locations labels logits_to_keep guidance_scale
@@ -687,6 +691,15 @@ REFUSED = """
     target_lookbehind assistant_ensemble_weight decoder_start_token_id bos_token_id
     forced_bos_token_id continuous_batching_config num_beam temprature
 """.split()
+
+
+def test_all_options_of_transformers_are_decided():
+    """One that a new version brings has to be tried, or refused, first."""
+    arguments = signature(transformers.GenerationMixin.generate).parameters
+    known = {n for n in vars(GenerationConfig()) if not n.startswith("_")}
+    known |= set(arguments) - {"self", "kwargs"}
+    decided = {"max_new_tokens", "transformers_version", *OPTIONS, *REFUSED}
+    assert known - decided == set()
 
 
 @pytest.mark.parametrize("name", REFUSED)
