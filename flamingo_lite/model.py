@@ -230,8 +230,8 @@ class _PictureMemory(_ThreeParts):
         """Keep pictures, and where `<image>` stands in `input_ids`, for calls to come.
 
         Until `uncache_media`, `forward` takes no pictures, and must be told
-        `clear_conditioned_layers=False`, or it forgets them. With `spare_pictures` there
-        may be more of them than `<image>` in `input_ids`, for those to come.
+        `clear_conditioned_layers=False`, or it forgets them. With `spare_pictures`,
+        there may be more of them than `<image>` in `input_ids`, for those to come.
         """
         locations = input_ids == self.media_token_id  # (B, T_txt)
         self._encode_vision_x(vision_x, vision_features, locations, spare_pictures)

@@ -361,7 +361,9 @@ def test_scores_make_keys_and_values_once_for_all_candidates(small):
         text = f"<image>{answer}<|endofchunk|>"
         ids = tokenizer(text, return_tensors="pt").input_ids  # (1, T_txt)
         with torch.no_grad():
-            log_p = model(None, ids, vision_features=features[None]).logits.log_softmax(-1)
+            log_p = model(None, ids, vision_features=features[None]).logits.log_softmax(
+                -1
+            )
         picked = log_p[0, :-1].gather(1, ids[0, 1:, None])[:, 0]  # (T_txt - 1,)
         n_prompt = len(tokenizer("<image>").input_ids)
         assert_close(score, picked[n_prompt - 1 :].sum(), rtol=1e-4, atol=1e-4)
