@@ -138,6 +138,7 @@ _HOME = {
     "in_words": "fewshot",
     "answer_in_words": "fewshot",
     "nearest": "fewshot",
+    "caption_words": "fewshot",
     "cider_d": "fewshot",
     "noted_inputs": "plots",
     "text_weights": "plots",
