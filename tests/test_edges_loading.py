@@ -342,7 +342,7 @@ def test_mpt_with_shut_gates_is_itself_and_open_ones_look(mpt):
     plain.set_output_embeddings(model.lang_encoder.get_output_embeddings())
     ids, mask = tokenize(tokenizer, TEXTS)
     wanted = plain(ids, attention_mask=mask, use_cache=False).logits
-    one, two = (random_features(2, 2, seed=seed) for seed in (1, 2))
+    one, two = (random_features([2, 1], 2, seed=seed) for seed in (1, 2))
     open_gates(model, 0.0)
     assert torch.equal(model(None, ids, mask, vision_features=one).logits, wanted)
     open_gates(model, 1.0)
@@ -356,7 +356,7 @@ def test_mpt_with_shut_gates_is_itself_and_open_ones_look(mpt):
 def test_mpt_writes_with_its_cache_what_it_writes_without(mpt):
     model, _, tokenizer = mpt
     ids, mask = tokenize(tokenizer, [*TEXTS, "words only"])
-    settings = {"vision_features": random_features(3, 2), "max_new_tokens": 10}
+    settings = {"vision_features": random_features([2, 1, 0], 2), "max_new_tokens": 10}
     settings["do_sample"] = False
     cached = model.generate(None, ids, mask, **settings)
     whole = model.generate(None, ids, mask, use_cache=False, **settings)
@@ -383,7 +383,7 @@ def test_mpt_trains_and_comes_back(mpt, backbones, tmp_path):
         assert name not in frozen or torch.equal(parameter, frozen[name]), name
     save_flamingo(model, tmp_path / "saved")
     loaded, _, _ = load_flamingo(tmp_path / "saved")
-    pixels = random_pixels(2, 2)
+    pixels = random_pixels([2, 1], 2)
     with torch.no_grad():
         logits = [m.eval()(pixels, ids, mask).logits for m in (model, loaded)]
     assert torch.equal(*logits)
@@ -401,7 +401,7 @@ def table_rows_moved_by_a_step(model, ids, mask, labels):
     table = model.lang_encoder.get_input_embeddings().weight
     before = table.detach().clone()
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2), lr=1e-2)
-    features = random_features(2, 2)
+    features = random_features([2, 1], 2)
     model.train()
     model(None, ids, mask, labels, vision_features=features).loss.backward()
     optimizer.step()
@@ -429,7 +429,7 @@ def test_a_copy_is_the_same_model_and_apart_from_it(small, how):
     again = COPIES[how](model)
     assert type(again.lang_encoder) is type(model.lang_encoder)
     ids, mask = tokenize(tokenizer, TEXTS)
-    features = random_features(2, 2)
+    features = random_features([2, 1], 2)
     with torch.no_grad():
         one, two = (
             m(None, ids, mask, vision_features=features).logits for m in (model, again)
