@@ -11,10 +11,22 @@ from pathlib import Path
 
 import torch
 
+from flamingo_lite.model import token_tables
+
 
 def learning_parameters(model):
     """What is not frozen: {name: parameter}."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trained_rows(model):
+    """The tables of which only some rows are trained: {parameter: row numbers}.
+
+    Of the table of tokens, or of two that are not tied, `<|endofchunk|>` and `<image>`.
+    """
+    rows = [model.eoc_token_id, model.media_token_id]
+    tables = token_tables(model.lang_encoder).values()
+    return {table.weight: rows for table in tables if table.weight.requires_grad}
 
 
 def random_states(device):
@@ -68,6 +80,22 @@ def write_whole(path, contents):
         temporary.unlink(missing_ok=True)
 
 
+def _cut(tensor, table, rows):
+    """What is kept of a tensor as large as a table: its rows. Others as they are."""
+    return tensor[rows] if tensor.shape == table.shape else tensor
+
+
+def _of_tables(state, optimizer, change, rows):
+    """An optimizer's state_dict with what it knows of each table changed."""
+    known = dict(state["state"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, table in enumerate(parameters):
+        if table in rows and number in known:
+            entries = known[number].items()
+            known[number] = {n: change(t, table, rows[table]) for n, t in entries}
+    return {**state, "state": known}
+
+
 def save_checkpoint(path, model, optimizers, **progress):
     """Write all that the next step depends on, whole or not at all.
 
@@ -78,30 +106,41 @@ def save_checkpoint(path, model, optimizers, **progress):
 
     Raises:
         OSError: see `write_whole`.
+        ValueError: it could not be loaded again. Nothing is written.
     """
+    learning, rows = learning_parameters(model), trained_rows(model)
     state = {
-        "trained": {name: p.detach() for name, p in learning_parameters(model).items()},
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "trained": {
+            name: _cut(p.detach(), p, rows[p]) if p in rows else p.detach()
+            for name, p in learning.items()
+        },
+        "optimizers": [_of_tables(o.state_dict(), o, _cut, rows) for o in optimizers],
         "random": random_states(next(model.parameters()).device),
         **progress,
     }
+    try:
+        _check_values(state)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} not written: {error}") from error
     contents = io.BytesIO()
     torch.save(state, contents)  # to a full disk, it would hide the reason
     write_whole(Path(path), contents.getbuffer())
 
 
 def _check_values(state):
-    """Raise what it raises, if `save_checkpoint` cannot have written these values."""
+    """Raise what it raises, if a checkpoint cannot have these values."""
     kinds = {"settings": dict, "random": dict, "history": list, "step": int}
     if any(type(state[name]) is not kind for name, kind in kinds.items()):
         raise ValueError("settings, random states, steps or notes of another kind")
     if state["step"] != len(state["history"]):
         raise ValueError("not as many steps as notes of them")
-    tensors = list(state["trained"].values())
+    tensors = list(state["trained"].items())
     for optimizer in state["optimizers"]:
-        tensors += [t for known in optimizer["state"].values() for t in known.values()]
-    if not all(t.isfinite().all() for t in tensors):
-        raise ValueError("something other than finite numbers")
+        for number, known in optimizer["state"].items():
+            tensors += [(f"{name} of tensor {number}", known[name]) for name in known]
+    for name, tensor in tensors:
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds something other than finite numbers")
 
 
 def _way_out(path):
@@ -162,32 +201,82 @@ def run_settings(
         "seed": int(seed),
         "pictures": list(features.shape),
         "checksum of the texts": zlib.crc32(repr((texts, sequences)).encode()),
+        "texts": [repr(text) for text in texts],
+        "sequences": sequences,
     }
+
+
+def _difference(name, saved, wanted):
+    """Say how two values differ; of long lists, the first item that does."""
+    both = isinstance(saved, list) and isinstance(wanted, list)
+    if both and name in ("texts", "sequences"):
+        if len(saved) != len(wanted):
+            return f"{name}: {len(saved)} there, {len(wanted)} here"
+        pairs = enumerate(zip(saved, wanted, strict=True))
+        number, (saved, wanted) = next(p for p in pairs if p[1][0] != p[1][1])
+        name = f"{name}[{number}]"
+    return f"{name} is {str(saved)[:100]} there, {str(wanted)[:100]} here"
 
 
 def _differences(saved, wanted):
     """Say where two dicts differ: string, empty if they do not."""
-    names = [
-        name
-        for name in sorted(saved.keys() | wanted.keys())
-        if name not in saved or name not in wanted or saved[name] != wanted[name]
-    ]
     return "; ".join(
-        f"{name} is {saved.get(name, 'missing')} there, {wanted.get(name, 'not')} here"
-        for name in names[:9]
+        [
+            _difference(name, saved.get(name, "missing"), wanted.get(name, "not"))
+            for name in sorted(saved.keys() | wanted.keys())
+            if name not in saved or name not in wanted or saved[name] != wanted[name]
+        ][:9]
     )
 
 
-def _check_fits(path, state, model, settings):
-    """Raise ValueError if a checkpoint is of other settings or of another model."""
-    if different := _differences(state["settings"], settings):
+def _check_settings(path, state, settings):
+    """Raise ValueError if a checkpoint is of a run with other settings or texts."""
+    # Older checkpoints do not hold the texts, but only their checksum.
+    saved = {name: settings[name] for name in ("texts", "sequences")}
+    saved |= state["settings"]
+    if different := _differences(saved, settings):
+        if (n_steps := saved.get("n_steps")) != settings["n_steps"]:
+            different += (
+                ". The rates fall to 0 over n_steps, so a run cannot get longer: let it"
+                f" end with n_steps={n_steps}, then train that model again, with"
+                " another file and another seed"
+            )
         raise ValueError(f"{path} is of another run, use another file: {different}")
-    saved, wanted = (
-        {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        for tensors in (state["trained"], learning_parameters(model))
+
+
+def _check_tensors(path, state, model):
+    """Raise ValueError if a checkpoint's tensors are not those that `model` trains."""
+    rows, trained = trained_rows(model), state["trained"]
+    want = {}
+    for name, p in learning_parameters(model).items():
+        saved = trained.get(name)
+        as_large = saved is not None and saved.shape == p.shape
+        if p in rows and as_large and saved.dtype == p.dtype:
+            # An older checkpoint, with the whole table. The old rows must not differ.
+            still = torch.ones(len(p), dtype=torch.bool)  # (vocab,)
+            still[rows[p]] = False
+            ours = p.detach().cpu()  # (vocab, d_txt)
+            if not torch.allclose(saved[still], ours[still], atol=1e-5):
+                raise ValueError(f"{path}: old rows of {name} are not this model's")
+            trained[name] = saved[rows[p]]
+        want[name] = _cut(p, p, rows[p]) if p in rows else p
+    have, want = (
+        {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        for tensors in (trained, want)
     )
-    if different := _differences(saved, wanted):
+    if different := _differences(have, want):
         raise ValueError(f"{path} is of another model, use another file: {different}")
+
+
+def _whole(tensor, table, rows):
+    """The other way round than `_cut`: a tensor as large as a table, 0 elsewhere."""
+    if tensor.shape == table.shape:  # from an older checkpoint
+        tensor = tensor[rows]
+    if tensor.shape != (len(rows), *table.shape[1:]):
+        return tensor
+    whole = torch.zeros(table.shape, dtype=tensor.dtype)  # (vocab, d_txt)
+    whole[rows] = tensor
+    return whole
 
 
 def load_checkpoint(path, model, optimizers, settings):
@@ -202,10 +291,13 @@ def load_checkpoint(path, model, optimizers, settings):
         ValueError: it is of other settings or of another model. `model` is unchanged.
     """
     state = read_checkpoint(path)
-    _check_fits(path, state, model, settings)
+    _check_settings(path, state, settings)
+    _check_tensors(path, state, model)
+    rows = trained_rows(model)
     try:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]  # the rates of this run
+            saved = _of_tables(saved, optimizer, _whole, rows)
             optimizer.load_state_dict({**saved, "param_groups": groups})
             for tensor, known in optimizer.state.items():
                 if any(t.shape not in (tensor.shape, ()) for t in known.values()):
@@ -213,5 +305,7 @@ def load_checkpoint(path, model, optimizers, settings):
         set_random_states(state["random"], next(model.parameters()).device)
     except Exception as error:
         raise ValueError(f"{path} does not fit these optimizers: {error}") from error
-    model.load_state_dict(state["trained"], strict=False)
+    with torch.no_grad():
+        for name, p in learning_parameters(model).items():
+            p[rows.get(p, ...)] = state["trained"][name].to(p)
     return state["step"], state["history"]

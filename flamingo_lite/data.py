@@ -422,6 +422,8 @@ def encode_pictures(
         read = [_picture(one, f"pictures[{number}]") for number, one in some]
         pixels = torch.stack([image_processor(p) for p in read])  # (some, 3, H, W)
         tokens = visual(pixels.to(weight.device, weight.dtype))[1]  # (some, v, d_img)
+        if tokens.ndim != 3:
+            raise ValueError("want the vision encoder of a Flamingo, with its tokens")
         halves = tokens.to(dtype).cpu()
         _check_finite(tokens, halves, start)
         features.append(rearrange(halves, "some v d -> some 1 v d"))

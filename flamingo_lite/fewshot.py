@@ -7,7 +7,10 @@ question; "texts": a text for each, the last one the right answer; "answer": tha
 Pictures are numbers into a list of scenes, so that each is encoded once.
 """
 
+import re
+import warnings
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -40,9 +43,16 @@ def task_episode(rng, scenes, question, n_shots):
 
     Returns:
         an episode; the answer is the query's "thing", "number" or "kind".
+
+    Raises:
+        ValueError: an unknown question, too few scenes, or scenes that cannot answer it.
     """
     if question not in QUESTIONS:
         raise ValueError(f"no question {question!r}; there are {', '.join(QUESTIONS)}")
+    if not 0 <= n_shots < len(scenes):
+        raise ValueError(f"{n_shots} shots and a question, and {len(scenes)} scenes")
+    if question not in scenes[0]:
+        raise ValueError(f"these scenes have no {question!r}: draw them by make_counts")
     numbers = rng.choice(len(scenes), n_shots + 1, replace=False).tolist()
     texts = [scenes[number][question] for number in numbers]
     return {"numbers": numbers, "texts": texts, "answer": texts[-1]}
@@ -65,8 +75,14 @@ def naming_episode(rng, groups, n_ways, n_shots, query_studios=()):
         an episode, with "words", {thing: its made-up name}, and "thing", the one asked.
 
     Raises:
-        ValueError: too few things are drawn by the studios that are needed.
+        ValueError: too few things are drawn by the studios that are needed, or numbers
+            that cannot be.
+        TypeError: `query_studios` is one string.
     """
+    if isinstance(query_studios, str):
+        raise TypeError(f"want names of studios in a list, so [{query_studios!r}]")
+    if n_ways < 1 or n_shots < 0:
+        raise ValueError(f"{n_ways} things with {n_shots} shots each: no such prompt")
     apart, usable = set(query_studios), []
     for thing, studios in groups.items():
         others = set(studios) - apart
@@ -171,11 +187,14 @@ def make_episodes(
         **choice: for `naming_episode`.
 
     Raises:
-        ValueError: `longest` is less than `n_shots`; and see `naming_episode`, `spoil`.
+        ValueError: `longest` is less than `n_shots`, or that below 0; and see
+            `task_episode`, `naming_episode`, `spoil`.
     """
     drawn = n_shots if longest is None else longest
     if drawn < n_shots:
         raise ValueError(f"{n_shots} shots wanted, of prompts of {longest} at the most")
+    if n_shots < 0:
+        raise ValueError(f"{n_shots} shots: no such prompt")
     n_shown = n_shots * (n_ways or 1)
     rng, luck = np.random.default_rng((seed, 1)), np.random.default_rng((seed, 2))
     groups, episodes = group_scenes(scenes), []
@@ -191,17 +210,40 @@ def make_episodes(
     return episodes
 
 
+def _pictures_of(episodes, features):
+    """(episodes, T_img, F, v, d_img) features, once the numbers fit them."""
+    if isinstance(episodes, Mapping) or not len(episodes):
+        raise ValueError("want a list of one or more episodes")
+    if features.ndim != 4:
+        raise ValueError(f"want (scenes, F, v, d_img), got {tuple(features.shape)}")
+    numbers, n = [episode["numbers"] for episode in episodes], len(features)
+    for i, row in enumerate(numbers):
+        if len(row) != len(numbers[0]) or len(row) != len(episodes[i]["texts"]):
+            n_texts, n_first = len(episodes[i]["texts"]), len(numbers[0])
+            counts = f"{len(row)} pictures and {n_texts} texts"
+            raise ValueError(f"episode {i} has {counts}, the first {n_first} pictures")
+        if not all(-1 <= number < n for number in row):
+            raise ValueError(f"episode {i} wants pictures {row}, and there are {n}")
+    if {-1, n - 1} <= {number for row in numbers for number in row}:
+        raise ValueError("picture -1 should be a blank one, put last, and is a scene")
+    return features[torch.tensor(numbers)]
+
+
 def answer(model, tokenizer, features, episodes, batch_size=50, **kwargs):
     """What the model writes at the end of each episode: list of strings.
 
     Args:
         model, tokenizer: from `load_flamingo`.
-        features: (scenes, F, v, d_img), see `encode_pictures`.
+        features: (scenes, F, v, d_img), see `encode_pictures`; for "no pictures" a
+            blank picture's after those of the scenes.
         episodes: all with the same number of pictures.
         batch_size: prompts at a time.
         **kwargs: for `caption`.
+
+    Raises:
+        ValueError: no episodes, or features that are not those of their scenes.
     """
-    pictures = torch.stack([features[e["numbers"]] for e in episodes])
+    pictures = _pictures_of(episodes, features)
     prompts = [make_prompt(e["texts"][:-1]) for e in episodes]
     settings = {"max_new_tokens": 8, "batch_size": batch_size, **kwargs}
     return caption(model, None, tokenizer, pictures, prompts, **settings)
@@ -216,8 +258,15 @@ def in_words(episode, scenes):
 
     Returns:
         'lemon: this is a dax. fox: this is a wug. lemon: this is', ready to go on.
+
+    Raises:
+        ValueError: a picture that is none of the scenes, such as a blank one.
     """
-    names = [scenes[number]["things"][0] for number in episode["numbers"]]
+    numbers = episode["numbers"]
+    if not all(0 <= number < len(scenes) for number in numbers):
+        raise ValueError(f"pictures {numbers} of {len(scenes)}: one of them has no name")
+    asked = [scenes[number] for number in numbers]
+    names = [s["thing"] if "thing" in s else s["things"][0] for s in asked]
     turns = zip(names, episode["texts"][:-1], strict=False)
     told = "".join(f"{name}: this is {text}. " for name, text in turns)
     return f"{told}{names[-1]}: this is"
@@ -235,12 +284,19 @@ def answer_in_words(lm, tokenizer, episodes, scenes, batch_size=50):
 
     Returns:
         list of strings, what it writes up to a full stop.
+
+    Raises:
+        ValueError: see `in_words`; or no list of episodes.
     """
+    if isinstance(episodes, Mapping):
+        raise ValueError("want a list of episodes, and not one of them")
     prompts, found = [in_words(episode, scenes) for episode in episodes], []
+    device = getattr(lm, "device", "cpu")
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
         batch = tokenizer(some, padding=True, padding_side="left", return_tensors="pt")
-        ids = lm.generate(**_inputs(batch), max_new_tokens=8, do_sample=False)
+        inputs = {name: ids.to(device) for name, ids in _inputs(batch).items()}
+        ids = lm.generate(**inputs, max_new_tokens=8, do_sample=False)
         new = ids[:, batch.input_ids.shape[1] :]  # (some, new)
         found += tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.split(".")[0].strip() for text in found]
@@ -260,20 +316,64 @@ def nearest(queries, support, k):
 
     Returns:
         (queries, k) int64 numbers into `support`, the most similar one last.
+
+    Raises:
+        ValueError: fewer than k in `support`, or a number that is not finite.
     """
+    if not 0 <= k <= len(support):
+        raise ValueError(f"{k} wanted of {len(support)} to choose from")
+    if not (queries.isfinite().all() and support.isfinite().all()):
+        raise ValueError("an embedding has a number that is not finite")
     queries, support = (
         torch.nn.functional.normalize(x.float(), dim=-1) for x in (queries, support)
     )
     return (queries @ support.transpose(0, 1)).topk(k, dim=1).indices.flip(1)
 
 
-def _ngrams(text, n):
-    """How often each run of n words occurs in a text: Counter."""
-    words = text.split()
+_QUOTES = str.maketrans("’‘“”", "''\"\"")
+_MARKS = r"""[.?!'"`()\[\]{}…–—-]"""
+_ENDINGS = r"'(?:s|m|d|re|ve|ll)\b"
+
+
+def caption_words(text):
+    """The words of a caption as the usual evaluation counts them: list of strings.
+
+    Small letters and no punctuation; "dog's" and "isn't" are two words each. So does
+    the PTB tokenizer of COCO's evaluation (`pycocoevalcap`), for plain captions. It
+    differs in the rest: it keeps the dot of an abbreviation ("Mr."), leaves brackets as
+    words ("-lrb-") and several marks together as one ("!!!"), and cuts "gonna", "$5".
+    """
+    text = text.lower().translate(_QUOTES)
+    text = re.sub(r"[,;:](?!\d)|(?<!\d)[,;:]", " ", text)  # 1,000 and 10:30 stay
+    text = re.sub(rf"(?<!\w)(?:(?!{_ENDINGS}){_MARKS})+|{_MARKS}+(?!\w)", " ", text)
+    text = re.sub(r"\bcannot\b", "can not", text)
+    return re.sub(rf"(?<=\w)(n't\b|{_ENDINGS})", r" \1", text).split()
+
+
+def _ngrams(words, n):
+    """How often each run of n words occurs in a list of words: Counter."""
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
-def cider_d(captions, references, sigma=6.0):
+def _check_captions(captions, references):
+    """Both as lists; an error that names the first picture with something else."""
+    for name, given in (("captions", captions), ("references", references)):
+        if isinstance(given, (str, Mapping)):
+            raise TypeError(f"{name} must be a list, one entry for each picture")
+    captions, references = list(captions), list(references)
+    if not captions or len(captions) != len(references):
+        raise ValueError(f"{len(captions)} captions, references of {len(references)}")
+    for i, (caption, own) in enumerate(zip(captions, references, strict=True)):
+        if not isinstance(caption, str):
+            raise TypeError(f"picture {i}: want its caption, a string, got {caption!r}")
+        if isinstance(own, str):
+            raise TypeError(f"picture {i}: want a list of references, so [{own!r}]")
+        if not own or not all(isinstance(text, str) for text in own):
+            raise TypeError(f"picture {i}: want one or more references, got {own!r}")
+    return captions, references
+
+
+def cider_d(captions, references, sigma=6.0, normalise=True):
     """CIDEr-D, how well captions agree with references (Vedantam et al. 2015).
 
     Runs of one to four words are weighted by how rare they are among all references;
@@ -283,26 +383,44 @@ def cider_d(captions, references, sigma=6.0):
         captions: a string for each picture.
         references: a list of strings for each picture.
         sigma: how much a difference in length is forgiven.
+        normalise: count words as `caption_words` does; False, as they stand between
+            blanks, for texts that a tokenizer has cut already.
 
     Returns:
         (pictures,) scores from 0 to 10; their mean is the usual number.
+
+    Raises:
+        TypeError, ValueError: other things than strings, or other numbers of them.
+
+    Warns where all scores are 0 whatever the captions say: one picture alone, or the
+    same references for all, in which nothing is rare.
     """
-    total, log_n = np.zeros(len(captions)), np.log(len(references))
+    captions, references = _check_captions(captions, references)
+    if not sigma > 0:
+        raise ValueError(f"sigma must be positive, got {sigma}")
+    cut = caption_words if normalise else str.split
+    captions = [cut(text) for text in captions]
+    references = [[cut(text) for text in own] for own in references]
+    total, log_n, nothing_rare = np.zeros(len(captions)), np.log(len(references)), True
     for n in range(1, 5):
-        truths = [[_ngrams(text, n) for text in texts] for texts in references]
+        truths = [[_ngrams(words, n) for words in own] for own in references]
         seen_in = Counter(gram for t in truths for gram in set().union(*t))
+        nothing_rare &= all(count == len(references) for count in seen_in.values())
 
         def weigh(counts, seen_in=seen_in):
             rare = {g: log_n - np.log(max(1, seen_in[g])) for g in counts}
             return {g: counts[g] * rare[g] for g in counts}
 
-        for i, (text, own) in enumerate(zip(captions, truths, strict=True)):
-            mine, scores = weigh(_ngrams(text, n)), []
+        for i, (words, own) in enumerate(zip(captions, truths, strict=True)):
+            mine, scores = weigh(_ngrams(words, n)), []
             for true, reference in zip(map(weigh, own), references[i], strict=True):
                 common = sum(min(mine.get(g, 0), w) * w for g, w in true.items())
                 norms = [np.sqrt(sum(w * w for w in x.values())) for x in (mine, true)]
-                longer = _ngrams(text, 2).total() - _ngrams(reference, 2).total()
+                longer = _ngrams(words, 2).total() - _ngrams(reference, 2).total()
                 scale = norms[0] * norms[1] or 1.0
                 scores.append(common / scale * np.exp(-(longer**2) / (2 * sigma**2)))
             total[i] += np.mean(scores)
+    if nothing_rare:
+        why = "no words are rarer than others in these references: all scores are 0"
+        warnings.warn(f"{why}. Score many pictures in one call.", stacklevel=2)
     return total * 10 / 4

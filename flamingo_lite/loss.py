@@ -29,12 +29,15 @@ def make_labels(input_ids, media_token_id, eoc_token_id, attention_mask=None):
         (B, T_txt) int64, `input_ids` where there is loss and -100 elsewhere.
 
     Raises:
-        ValueError: both ids are the same.
+        ValueError: both ids are the same, or the mask has another shape.
     """
     if media_token_id == eoc_token_id:
         raise ValueError(f"<image> and <|endofchunk|> have one id, {eoc_token_id}")
     is_text = torch.ones_like(input_ids, dtype=torch.bool)  # (B, T_txt)
     if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            shapes = f"{tuple(input_ids.shape)}, mask {tuple(attention_mask.shape)}"
+            raise ValueError(f"input_ids {shapes}: want one shape, (B, T_txt)")
         is_text = attention_mask.bool()  # (B, T_txt)
     is_image = (input_ids == media_token_id) & is_text  # (B, T_txt)
     is_end = (input_ids == eoc_token_id) & is_text  # (B, T_txt)

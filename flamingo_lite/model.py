@@ -12,6 +12,8 @@ Shapes, from pictures to answers:
 """
 
 import copy
+from functools import wraps
+from threading import RLock, get_ident
 
 import torch
 from einops import rearrange
@@ -73,6 +75,47 @@ def check_pictures(pictures, media_locations, axes=PATCHES, spare=False):
             )
 
 
+class _Turns:
+    """Whose turn it is: the layers hold the pictures of one call at a time."""
+
+    def __init__(self):
+        self.lock, self.running, self.last = RLock(), False, None
+
+    def __reduce__(self):  # a copied model has layers of its own, and a lock
+        return type(self), ()
+
+    def check_who_left(self):
+        """Raise ValueError if another thread than this one has left pictures."""
+        if self.last not in (None, get_ident()):
+            raise ValueError(
+                "another thread has left its pictures in the layers (cache_media, or "
+                "clear_conditioned_layers=False): go on there, then uncache_media"
+            )
+
+
+def in_turn(method):
+    """Let a method of the model have the layers alone: other threads wait."""
+
+    @wraps(method)
+    def alone(self, *args, **kwargs):
+        turns = self._turns
+        with turns.lock:
+            if turns.running:
+                raise RuntimeError(
+                    "the model was called from inside a call of its own, and would "
+                    "wait for itself: call it when that is over, or call a copy"
+                )
+            if self.lang_encoder._use_cached_vision_x:
+                turns.check_who_left()
+            turns.running = True
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                turns.running = False
+
+    return alone
+
+
 class _ThreeParts(nn.Module):
     """The parts of a Flamingo, put together.
 
@@ -107,6 +150,7 @@ class _ThreeParts(nn.Module):
         cross_attn_kwargs=None,
     ):
         super().__init__()
+        self._turns = _Turns()
         self.eoc_token_id, self.media_token_id = eoc_token_id, media_token_id
         self.vis_dim, self.lang_dim = vis_dim, lang_encoder.config.hidden_size
         self.config = PretrainedConfig(hidden_size=self.lang_dim, built_with=None)
@@ -135,8 +179,13 @@ class _ThreeParts(nn.Module):
 class _PictureMemory(_ThreeParts):
     """How pictures get into the Flamingo layers, and out again."""
 
+    def alone(self):
+        """`with model.alone():` keeps other threads waiting, for several calls."""
+        return self._turns.lock
+
     def _encode_vision_x(self, vision_x, vision_features, media_locations, spare=False):
         """Leave the latents of the pictures in every layer."""
+        self._turns.last = get_ident()
         if (vision_x is None) == (vision_features is None):
             given = "no pictures" if vision_x is None else "pictures given twice"
             raise ValueError(f"{given}: give vision_x or vision_features")
@@ -174,14 +223,15 @@ class _PictureMemory(_ThreeParts):
             if kept is not None:
                 layer.keys_values = [t.repeat_interleave(copies, dim=0) for t in kept]
 
+    @in_turn
     def cache_media(
         self, input_ids, vision_x, vision_features=None, spare_pictures=False
     ):
         """Keep pictures, and where `<image>` stands in `input_ids`, for calls to come.
 
         Until `uncache_media`, `forward` takes no pictures, and must be told
-        `clear_conditioned_layers=False`, or it forgets them. With `spare_pictures` there
-        may be more of them than `<image>` in `input_ids`, for those to come.
+        `clear_conditioned_layers=False`, or it forgets them. With `spare_pictures`,
+        there may be more of them than `<image>` in `input_ids`, for those to come.
         """
         locations = input_ids == self.media_token_id  # (B, T_txt)
         self._encode_vision_x(vision_x, vision_features, locations, spare_pictures)
@@ -192,13 +242,42 @@ class _PictureMemory(_ThreeParts):
 
     def uncache_media(self):
         """Forget all pictures."""
-        self.lang_encoder.clear_conditioned_layers()
-        self.lang_encoder._use_cached_vision_x = False
+        with self.alone():
+            self.lang_encoder.clear_conditioned_layers()
+            self.lang_encoder._use_cached_vision_x = False
+
+
+NOT_WITH_PICTURES = (  # would read a text beside the one that the layers know
+    "assistant_early_exit",
+    "guidance_scale",
+    "negative_prompt_attention_mask",
+    "negative_prompt_ids",
+    "token_healing",
+)
+
+
+def asked_for(lang_encoder, options, name):
+    """An option of `generate`: of the call, its configuration or the model's; None."""
+    configs = options.get("generation_config"), lang_encoder.generation_config
+    said = [options.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in said if value is not None), None)
+
+
+def check_options(lang_encoder, options):
+    """Raise ValueError for options that do not go with pictures in the layers."""
+    for name in NOT_WITH_PICTURES:
+        said = asked_for(lang_encoder, options, name)
+        is_off = said is None or said is False or (name, said) == ("guidance_scale", 1)
+        if not is_off:
+            raise ValueError(f"{name} does not go with pictures: leave it out")
+    if asked_for(lang_encoder, options, "cache_implementation") == "paged":
+        raise ValueError('cache_implementation="paged" does not go with pictures')
 
 
 class Flamingo(_PictureMemory):
     """A language model that reads text with pictures in it (Flamingo, section 2)."""
 
+    @in_turn
     def forward(
         self,
         vision_x,
@@ -227,6 +306,8 @@ class Flamingo(_PictureMemory):
         Returns: the language model's output, `logits` (B, T_txt, vocab), maybe `loss`.
         """
         lm, pictures = self.lang_encoder, (vision_x, vision_features)
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            self._turns.check_who_left()  # where `<image>` stood is still in the layers
         try:
             locations = lm._locate_media(lang_x, past_key_values)  # (B, T_all)
             if not lm._use_cached_vision_x:
@@ -247,6 +328,7 @@ class Flamingo(_PictureMemory):
             if clear_conditioned_layers:
                 self.uncache_media()
 
+    @in_turn
     @torch.no_grad()
     def generate(
         self,
@@ -261,20 +343,26 @@ class Flamingo(_PictureMemory):
 
         Args: as `forward`; `keep_keys_values` makes keys and values of the pictures
             once instead of at each token; `**kwargs` go to transformers' `generate`,
-            where `eos_token_id` and `suppress_tokens` change when to stop and what is
-            barred.
+            where `eos_token_id` and `suppress_tokens`, also those of a
+            `generation_config`, change when to stop and what is barred.
 
         Returns: (B * num_return_sequences, T_txt + new) ids, the prompt first.
+
+        Raises: ValueError, pictures are cached, or an option of NOT_WITH_PICTURES.
         """
         lm = self.lang_encoder
         if lm._use_cached_vision_x:
             raise ValueError("pictures are cached: call uncache_media first")
-        asked = kwargs.get("generation_config") or lm.generation_config
+        check_options(lm, kwargs)
         how_many = ("num_beams", "num_return_sequences")
-        copies = max(kwargs.get(k) or getattr(asked, k) or 1 for k in how_many)
-        kwargs.setdefault("eos_token_id", self.eoc_token_id)
-        kwargs.setdefault("pad_token_id", lm.config.pad_token_id)
-        kwargs.setdefault("suppress_tokens", [self.media_token_id])
+        copies = max(asked_for(lm, kwargs, name) or 1 for name in how_many)
+        ours = {"suppress_tokens": [self.media_token_id]}
+        ours |= {"eos_token_id": self.eoc_token_id}
+        ours |= {"pad_token_id": lm.config.pad_token_id}
+        for name, value in ours.items():  # what a given configuration says, comes first
+            said = getattr(kwargs.get("generation_config"), name, None)
+            is_own = said in (None, getattr(lm.generation_config, name, None))
+            kwargs.setdefault(name, value if is_own else said)
         writes_image = self.media_token_id not in (kwargs["suppress_tokens"] or ())
         if kwargs.get("past_key_values") is not None:  # the caller's: it would grow
             kwargs["past_key_values"] = copy.deepcopy(kwargs["past_key_values"])

@@ -11,13 +11,14 @@ Shapes:
 
 import contextlib
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
 
 from flamingo_lite.cross_attention import MaskedCrossAttention, text_to_media_mask
+from flamingo_lite.data import interleave
 from flamingo_lite.perceiver import PerceiverAttention
+from flamingo_lite.vision import rgb_on_white
 
 
 @contextlib.contextmanager
@@ -46,7 +47,7 @@ def text_weights(attn, x, media, media_locations):
     rule = attn.only_attend_immediate_media
     may_look = text_to_media_mask(media_locations, T_img, rule)  # (B, T_txt, T_img)
     allowed = may_look.repeat_interleave(n, dim=2)[:, None]  # (B, 1, T_txt, T_img * n)
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    scores = q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
     lowest = torch.finfo(scores.dtype).min
     weights = scores.masked_fill(~allowed, lowest).softmax(dim=-1) * allowed
     return weights.unflatten(-1, (T_img, n))  # (B, h, T_txt, T_img, n)
@@ -61,7 +62,8 @@ def latent_weights(attn, x, latents):
         t.unflatten(-1, (attn.heads, -1)).transpose(2, 3)
         for t in (attn.to_q(asking), k)
     )  # (B, T_img, h, tokens, d_head) each
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    scores = q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
+    return scores.softmax(dim=-1)  # (B, T_img, h, n, F * v + n)
 
 
 def roll_out(weights):
@@ -106,14 +108,25 @@ def attention_maps(model, batch):
 
 
 def show_maps(picture, titles, maps):
-    """A picture, and maps laid over it.
+    """A picture, and maps laid over it. It needs matplotlib.
 
     Args:
-        picture: PIL.
+        picture: PIL, a square one: what the model saw of it.
         titles: a string for each map.
         maps: (maps, v), v patches in a square grid.
+
+    Raises:
+        ValueError: the picture or the grid is not square, or titles differ in number.
     """
-    side = int(maps.shape[-1] ** 0.5)
+    import matplotlib.pyplot as plt  # only who draws needs it
+
+    maps = torch.as_tensor(maps).detach().float().cpu()  # (maps, v)
+    side, (width, height) = round(maps.shape[-1] ** 0.5), picture.size
+    if side**2 != maps.shape[-1] or len(titles) != len(maps):
+        raise ValueError(f"{len(titles)} titles, maps {tuple(maps.shape)}: no squares")
+    if width != height:
+        raise ValueError(f"{width} x {height}: cut out the square that the model saw")
+    picture = rgb_on_white(picture)
     fig, axes = plt.subplots(
         1, len(maps) + 1, figsize=(1.7 * (len(maps) + 1), 1.9), facecolor="white"
     )
@@ -139,22 +152,33 @@ def occlusion(model, image_processor, tokenizer, picture, text, place, cells=4):
         text: its caption.
         place: number of the token, the start token being 0, whose log-probability is
             compared.
-        cells: the picture is cut into cells x cells squares, each covered in turn.
+        cells: the picture is cut into cells x cells parts, each covered in turn.
 
     Returns:
-        log-probability with the whole picture minus that with the square covered by
-        the colour of the picture's corner.
+        log-probability with the whole picture minus that with the part covered by the
+        colour of the picture's corner.
+
+    Raises:
+        ValueError: no such token, or more cells than pixels.
     """
-    side, covered = picture.width // cells, [picture]
-    for row in range(cells):
-        for column in range(cells):
+    picture = rgb_on_white(picture)
+    if not 1 <= cells <= min(picture.size):
+        raise ValueError(f"{cells} x {cells} parts of a picture of {picture.size}")
+    across, down = (
+        [side * i // cells for i in range(cells + 1)] for side in picture.size
+    )
+    covered = [picture]
+    for top, bottom in zip(down, down[1:], strict=False):
+        for left, right in zip(across, across[1:], strict=False):
             one = picture.copy()
-            left, top = column * side, row * side
-            one.paste(picture.getpixel((0, 0)), (left, top, left + side, top + side))
+            one.paste(picture.getpixel((0, 0)), (left, top, right, bottom))
             covered.append(one)
+    device = next(model.parameters()).device
     pixels = torch.stack([image_processor(p) for p in covered])  # (1 + cells², 3, H, W)
-    lang_x = tokenizer(f"<image>{text}<|endofchunk|>", return_tensors="pt").input_ids
-    lang_x = lang_x.expand(len(covered), -1)  # (1 + cells², T_txt)
-    logits = model(pixels[:, None, None], lang_x).logits  # (…, T_txt, vocab)
-    log_p = logits[:, place - 1].log_softmax(dim=-1)[:, lang_x[0, place]]
+    lang_x = tokenizer(interleave([text]), return_tensors="pt").input_ids
+    if not 1 <= place < lang_x.shape[1]:
+        raise ValueError(f"token {place} of {lang_x.shape[1]}: want 1 or more, and less")
+    lang_x = lang_x.expand(len(covered), -1).to(device)  # (1 + cells², T_txt)
+    logits = model(pixels[:, None, None].to(device), lang_x).logits  # (…, T_txt, vocab)
+    log_p = logits[:, place - 1].float().log_softmax(dim=-1)[:, lang_x[0, place]]
     return (log_p[0] - log_p[1:]).view(cells, cells)

@@ -15,8 +15,9 @@ from flamingo_lite.checkpoints import (
     load_checkpoint,
     run_settings,
     save_checkpoint,
+    trained_rows,
 )
-from flamingo_lite.data import collate
+from flamingo_lite.data import check_texts, collate
 from flamingo_lite.loss import IGNORE, shifted_cross_entropy
 from flamingo_lite.model import token_tables
 
@@ -133,6 +134,11 @@ def _epoch(lengths, batch_size, seed, epoch):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def _place(lengths, batch_size, step, seed):
+    """Where a step is: (epoch, number of the batch in it)."""
+    return divmod(step, len(_epoch(lengths, batch_size, seed, 0)))
+
+
 def batch_for_step(lengths, batch_size, step, seed):
     """Sequence numbers of batch `step`; each epoch has an order of its own.
 
@@ -143,24 +149,51 @@ def batch_for_step(lengths, batch_size, step, seed):
         batch_size: about how many pictures.
         step, seed: they alone decide.
     """
-    per_epoch = len(_epoch(lengths, batch_size, seed, 0))
-    epoch, number = divmod(step, per_epoch)
+    epoch, number = _place(lengths, batch_size, step, seed)
     return list(_epoch(lengths, batch_size, seed, epoch)[number])
 
 
-def make_batch(rows, features, texts, tokenizer, device, sequences=None):
+def draw_text(text, *numbers):
+    """Of a list of texts for one picture the one that `numbers` draw; else the text."""
+    if not isinstance(text, list):
+        return text
+    return text[int(np.random.default_rng(numbers).integers(len(text)))]
+
+
+def make_batch(rows, features, texts, tokenizer, device, sequences=None, lot=None):
     """Some sequences, as the model takes them: dict on `device`.
 
     Args:
         rows: sequence numbers, B of them.
         features, texts, sequences: as for `train`.
+        lot: (seed, epoch), which of several texts for a picture is drawn; None, the
+            first.
     """
-    if sequences is None:
-        examples = [(features[i][None], [texts[i]]) for i in rows]
-    else:
-        examples = [(features[sequences[i]], texts[i]) for i in rows]
+    examples = []
+    for row in rows:
+        several = [texts[row]] if sequences is None else texts[row]
+        told = [
+            (text[0] if isinstance(text, list) else text)
+            if lot is None
+            else draw_text(text, *lot, row, number)
+            for number, text in enumerate(several, 1)
+        ]
+        pictures = [row] if sequences is None else sequences[row]
+        examples.append((features[pictures], told))
     batch = collate(examples, tokenizer)
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+class NotFinite(ValueError):
+    """A loss or a gradient is infinite or no number; no step was taken."""
+
+
+def keep_old_rows(model):
+    """Take the gradient from each row of the table of tokens but the two new ones."""
+    for table, rows in trained_rows(model).items():
+        if table.grad is not None:
+            kept = table.grad[rows]  # (2, d_txt), a copy
+            table.grad.zero_()[rows] = kept
 
 
 def training_step(model, batch, optimizers, rate):
@@ -168,19 +201,119 @@ def training_step(model, batch, optimizers, rate):
 
     Returns:
         the loss before the step, a number.
+
+    Raises:
+        NotFinite: the loss or the gradient is; nothing has moved.
     """
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = group["peak"] * rate
     loss = model(None, **batch).loss
     model.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(learning_parameters(model).values(), 1.0)
+    keep_old_rows(model)
+    learning = learning_parameters(model).values()
+    norm = torch.nn.utils.clip_grad_norm_(learning, 1.0)
+    loss, norm = torch.stack([loss.detach().float(), norm.float()]).tolist()
+    for what, number in (("loss", loss), ("length of the gradient", norm)):
+        if not math.isfinite(number):
+            model.zero_grad()
+            raise NotFinite(f"the {what} is {number}")
     for optimizer in optimizers:
         optimizer.step()
-    return loss.item()
+    return loss
 
 
-def _start(checkpoint, model, optimizers, settings):
+def check_examples(features, texts, sequences=None):
+    """Check how pictures, texts and sequences fit: (texts, sequences), plain lists.
+
+    Args: as for `train`.
+
+    Raises:
+        ValueError: they do not; which one is said.
+    """
+    if not isinstance(features, torch.Tensor) or features.ndim != 4:
+        got = tuple(getattr(features, "shape", ())) or type(features).__name__
+        raise ValueError(f"features: want a tensor (pictures, F, v, d_img), got {got}")
+    if isinstance(texts, str):
+        raise ValueError(f"want a list of texts, got one text, {texts[:40]!r}")
+    texts, n, what = [_plain(text) for text in texts], len(features), "pictures"
+    if sequences is not None:
+        sequences = [_numbers(s, n, f"sequence {i}") for i, s in enumerate(sequences)]
+        n, what = len(sequences), "sequences"
+    if n != len(texts):
+        raise ValueError(f"{n} {what}, but {len(texts)} texts")
+    if not n or (sequences is not None and not all(sequences)):
+        raise ValueError(f"there are no {what}, or one of them has no picture")
+    for i, pictures in enumerate(sequences or []):
+        if isinstance(texts[i], (str, list, tuple)) and len(pictures) != len(texts[i]):
+            counts = f"{len(pictures)} pictures, but {len(texts[i])} texts"
+            raise ValueError(f"sequence {i}: {counts}")
+    return texts, sequences
+
+
+def _plain(text):
+    """A text, a pair or a list of them, with strings of numpy's made plain ones."""
+    if type(text) in (list, tuple):
+        return type(text)(_plain(part) for part in text)
+    return str(text) if isinstance(text, str) else text
+
+
+def _numbers(sequence, n, where):
+    """Picture numbers as a list of ints; ValueError, naming `where`, for others."""
+    try:
+        given = list(sequence)
+        numbers = [int(number) for number in given]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: want picture numbers, got {sequence!r}") from error
+    for number, wanted in zip(numbers, given, strict=True):
+        if number != wanted or not 0 <= number < n:
+            raise ValueError(f"{where}: there is no picture {wanted} among {n}")
+    return numbers
+
+
+def _check_numbers(lr, gate_factor, **counts):
+    """Raise ValueError for a number that `train` cannot use."""
+    for name, (value, least) in counts.items():
+        if value != int(value) or value < least:
+            raise ValueError(f"{name}: want a whole number from {least}, got {value}")
+    for name, value in (("lr", lr), ("gate_factor", gate_factor)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: want a finite number from 0, got {value}")
+
+
+def _spoilt(named_parameters):
+    """The name of one that holds an infinite number or none at all; else None."""
+    return next((n for n, p in named_parameters if not p.isfinite().all()), None)
+
+
+def _check_model(model, features):
+    """Raise an error where training would go wrong, often without a word."""
+    if features.shape[-1] != model.vis_dim:
+        widths = f"width {features.shape[-1]}, the model reads {model.vis_dim}"
+        raise ValueError(f"features are of another vision encoder: {widths}")
+    for kind in {p.device.type for p in model.parameters()}:
+        if torch.is_autocast_enabled(kind):
+            raise RuntimeError(
+                "train was called inside torch.autocast, which keeps copies of the"
+                " weights as they were at the first step: call it outside"
+            )
+    if not torch.is_grad_enabled():
+        where = "torch.inference_mode or torch.no_grad"
+        raise RuntimeError(f"train was called inside {where}: call it outside")
+    learning = learning_parameters(model)
+    if not learning:
+        raise ValueError("every parameter is frozen: there is nothing to train")
+    for name, p in learning.items():
+        if p.is_inference():
+            raise ValueError(f"{name} was made inside torch.inference_mode")
+        if p.dtype not in (torch.float32, torch.float64):
+            small = "which small steps do not move: call model.float() first"
+            raise ValueError(f"{name} is {p.dtype}, {small}")
+    if name := _spoilt(model.named_parameters()):
+        raise ValueError(f"{name} holds something other than finite numbers")
+
+
+def _start(checkpoint, model, optimizers, settings, report):
     """Where to begin, (steps done, history): at nothing, or at a checkpoint.
 
     Raises:
@@ -193,7 +326,25 @@ def _start(checkpoint, model, optimizers, settings):
         raise FileNotFoundError(f"no folder {folder} to write checkpoints to")
     if not Path(checkpoint).exists():
         return 0, []
-    return load_checkpoint(checkpoint, model, optimizers, settings)
+    first, history = load_checkpoint(checkpoint, model, optimizers, settings)
+    report(f"going on from step {first} of {settings['n_steps']}, {checkpoint}")
+    return first, history
+
+
+def _suspects(model, rows, features, texts, sequences):
+    """What may have made a loss of these rows infinite or no number: a sentence."""
+    if name := _spoilt(model.named_parameters()):
+        return f"{name} of the model holds something other than finite numbers"
+    own = {row: [row] if sequences is None else sequences[row] for row in rows}
+    numbers = list(dict.fromkeys(n for row in rows for n in own[row]))
+    says = "Its features are finite, a lower lr may help"
+    spoilt = [n for n in numbers if not features[n].isfinite().all()]
+    bad = [row for row in rows if set(spoilt) & set(own[row])]
+    if bad:
+        says, numbers = "Features are not finite", spoilt
+    some = ", ".join(repr(texts[row])[:60] for row in (bad or rows)[:3])
+    more = ", …" * (len(bad or rows) > 3)
+    return f"{says}: pictures {numbers} of the batch, with the texts {some}{more}"
 
 
 def _progress_line(recent, n_steps, pace, batch_size):
@@ -223,16 +374,22 @@ def train(
 ):
     """Train what is not frozen, on cached features of pictures.
 
+    Of the table of tokens only `<image>` and `<|endofchunk|>` can move. Afterwards, and
+    after any error, the model is in eval mode.
+
     Args:
         model, tokenizer: from `build_flamingo`.
         features: (pictures, F, v, d_img), see `encode_pictures`.
         texts: a text for each picture; with `sequences`, a list of texts for each, one
-            for each of its pictures. A text may be a pair, see `collate`.
-        n_steps: optimizer steps of about `batch_size` pictures.
+            for each of its pictures. A text may be a pair, see `collate`; or a list of
+            texts, of which each epoch draws one.
+        n_steps: optimizer steps of about `batch_size` pictures. The rates fall to 0
+            over them, so they are part of what a run is.
         lr, gate_factor, with_muon: see `make_optimizers`.
-        seed: of the order of the pictures.
+        seed: of the order of the pictures, and of the texts that are drawn.
         checkpoint: a file; if it is there, training goes on from it, to the same end.
-        report_every: steps between two lines, and between two checkpoints.
+        report_every: steps between two lines, and between two checkpoints; 0, only at
+            the end.
         report: called with each line.
         sequences: which pictures follow each other, lists of picture numbers; None,
             each picture stands alone.
@@ -241,44 +398,54 @@ def train(
         list of {"step", "loss", "gates"}, one for each step: tanh of every gate.
 
     Raises:
-        ValueError: texts and pictures, or texts and sequences, differ in number, or a
-            checkpoint does not fit.
+        ValueError: pictures, texts and sequences do not fit each other or the model, a
+            text cannot be used, or a checkpoint does not fit: before the first step.
+        NotFinite, a ValueError: a loss or a gradient is infinite or no number. The step
+            is not taken, and the last checkpoint stays.
+        RuntimeError: inside `torch.autocast`, `no_grad` or `inference_mode`.
         OSError: a checkpoint cannot be written or read; the last good one is left.
     """
-    n, what = len(features), "pictures"
-    if sequences is not None:
-        sequences = [[int(number) for number in one] for one in sequences]
-        n, what = len(sequences), "sequences"
-    if n != len(texts):
-        raise ValueError(f"{n} {what}, but {len(texts)} texts")
-    lengths = (1,) * n if sequences is None else tuple(map(len, sequences))
-    if not n or not all(lengths):
-        raise ValueError(f"there are no {what}, or one of them has no picture")
+    model.eval()
+    texts, sequences = check_examples(features, texts, sequences)
+    counts = {"n_steps": (n_steps, 0), "batch_size": (batch_size, 1)}
+    counts |= {"report_every": (report_every, 0), "seed": (seed, 0)}
+    _check_numbers(lr, gate_factor, **counts)
+    _check_model(model, features)
+    check_texts(texts, tokenizer, sequences is not None)
     numbers = n_steps, batch_size, lr, gate_factor, with_muon, seed
     settings = run_settings(features, texts, *numbers, sequences)
-    device = next(model.parameters()).device
     optimizers = make_optimizers(
         model, settings["lr"], settings["gate_factor"], with_muon
     )
+    first, history = _start(checkpoint, model, optimizers, settings, report)
     gates = [p for name, p in model.named_parameters() if name.endswith("_gate")]
-    first, history = _start(checkpoint, model, optimizers, settings)
-    model.train()
-    started = time.perf_counter()
-    for step in range(first, n_steps):
-        rows = batch_for_step(lengths, batch_size, step, seed)
-        batch = make_batch(rows, features, texts, tokenizer, device, sequences)
-        loss = training_step(model, batch, optimizers, schedule(step, n_steps))
-        opened = [round(gate.tanh().item(), 4) for gate in gates]
-        done = step + 1
-        history.append({"step": done, "loss": loss, "gates": opened})
-        if done % report_every == 0 or done == n_steps:
-            pace = (done - first) / (time.perf_counter() - started)
-            recent = history[-report_every:]
-            report(_progress_line(recent, n_steps, pace, batch_size))
-            if checkpoint is not None:
-                state = {"step": done, "history": history, "settings": settings}
-                save_checkpoint(checkpoint, model, optimizers, **state)
-    model.eval()
+    lengths = (1,) * len(texts) if sequences is None else tuple(map(len, sequences))
+    device, started = next(model.parameters()).device, time.perf_counter()
+    try:
+        model.train()
+        for step in range(first, n_steps):
+            rows = batch_for_step(lengths, batch_size, step, seed)
+            lot = seed, _place(lengths, batch_size, step, seed)[0]
+            batch = make_batch(rows, features, texts, tokenizer, device, sequences, lot)
+            try:
+                loss = training_step(model, batch, optimizers, schedule(step, n_steps))
+            except NotFinite as error:
+                why = _suspects(model, rows, features, texts, sequences)
+                raise NotFinite(f"step {step + 1} not taken: {error}. {why}") from error
+            opened = [round(gate.tanh().item(), 4) for gate in gates]
+            done = step + 1
+            history.append({"step": done, "loss": loss, "gates": opened})
+            if done == n_steps or (report_every and done % report_every == 0):
+                pace = (done - first) / (time.perf_counter() - started)
+                recent = history[-(report_every or 100) :]
+                if name := _spoilt(learning_parameters(model).items()):
+                    raise NotFinite(f"after step {done}, {name} is not finite any more")
+                report(_progress_line(recent, n_steps, pace, batch_size))
+                if checkpoint is not None:
+                    state = {"step": done, "history": history, "settings": settings}
+                    save_checkpoint(checkpoint, model, optimizers, **state)
+    finally:
+        model.eval()
     return history
 
 
@@ -288,8 +455,9 @@ def caption_losses(
 ):
     """Mean loss per labelled token of each sequence, (sequences,).
 
-    Args: as for `train`.
+    Args: as for `train`; of several texts for a picture the first is taken.
     """
+    texts, sequences = check_examples(features, texts, sequences)
     losses, device = [], next(model.parameters()).device
     for start in range(0, len(texts), batch_size):
         rows = range(start, min(start + batch_size, len(texts)))

@@ -654,6 +654,14 @@ def test_the_whole_vision_encoder_will_do(backbones):
     assert torch.equal(features, wanted)
 
 
+def test_a_tower_without_tokens_is_refused(backbones):
+    """Its second picture's one vector would be taken for tokens."""
+    encoder, image_processor = load_vision_encoder(backbones["clip"])
+    encoder.visual.output_tokens = False
+    with pytest.raises(ValueError, match="want the vision encoder of a Flamingo"):
+        encode_pictures(encoder.visual, image_processor, of_red(0, 200))
+
+
 def test_a_progress_bar_only_where_it_is_asked_for(encode, capsys):
     encode(of_red(0, 0))
     assert capsys.readouterr() == ("", "")

@@ -1,15 +1,30 @@
 """The eye at its edges: pictures of any mode, towers that compute something else."""
 
+import copy
 import io
+import json
+import re
+import shutil
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from conftest import SMALL
 from PIL import Image
+from safetensors.torch import save_file
+from transformers import OPTConfig, OPTForCausalLM
 
-from flamingo_lite import load_flamingo, load_vision_encoder
-from flamingo_lite.loading import DATA
-from flamingo_lite.vision import rgb_on_white
+from flamingo_lite import (
+    VisionEncoder,
+    build_flamingo,
+    fingerprint,
+    load_flamingo,
+    load_vision_encoder,
+    rgb_on_white,
+    save_flamingo,
+)
+from flamingo_lite.loading import DATA, difference
 
 CLIP = f"local-dir:{DATA / 'tiny_clip'}"
 WHITE, RED = (255, 255, 255), (255, 0, 0)
@@ -158,3 +173,382 @@ def test_the_processor_of_load_flamingo_puts_pictures_on_white():
     white = Image.new("RGBA", picture.size, "white")
     on_white = Image.alpha_composite(white, picture).convert("RGB")
     assert torch.equal(image_processor(picture), image_processor(on_white))
+
+
+# ----------------------------------------------------- what the weights want: settings
+
+GELU_CLIP = "ViT-B-32"
+QUICK_CLIP = "ViT-B-32-quickgelu"
+MEAN = open_clip.OPENAI_DATASET_MEAN
+
+
+def activations(encoder):
+    blocks = encoder.visual.transformer.resblocks
+    return {type(block.mlp.gelu).__name__ for block in blocks}
+
+
+def normalised(image_processor):
+    """What a processor does last: mean and deviation; and its first step of its own."""
+    steps = image_processor.transforms
+    return tuple(steps[-1].mean), tuple(steps[-1].std), steps[1]
+
+
+@pytest.fixture(scope="module")
+def small_models(tmp_path_factory):
+    """open_clip's registry with small models in place of the large ones.
+
+    Under the names of the real ones, so that the real tags and their settings apply.
+    """
+    configs, before = open_clip.factory._MODEL_CONFIGS, {}
+    small = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 1, "layers": 1}
+    for name in (GELU_CLIP, QUICK_CLIP, "ViT-L-14", "ViT-H-14", "ViT-L-14-CLIPA"):
+        before[name] = configs[name]
+        extra = {k: v for k, v in configs[name].items() if k == "quick_gelu"}
+        vision = {**small, "head_width": 32}
+        configs[name] = {
+            "embed_dim": 32, "vision_cfg": vision, "text_cfg": text, **extra
+        }  # fmt: skip
+    yield configs
+    configs.update(before)
+
+
+@pytest.fixture(scope="module")
+def weights(small_models, tmp_path_factory):
+    """A random CLIP, saved: nothing in the file says how it is to be used."""
+    torch.manual_seed(0)
+    state = open_clip.create_model(QUICK_CLIP).state_dict()
+    folder = tmp_path_factory.mktemp("saved")
+    torch.save(state, folder / "clip.pt")
+    save_file(state, folder / "clip.safetensors")
+    return folder
+
+
+@pytest.fixture
+def hub(weights, monkeypatch):
+    """Every tag's download gives the random CLIP."""
+    file = str(weights / "clip.pt")
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *a, **k: file)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "name, tag, activation",
+    [
+        ("ViT-L-14", "openai", "QuickGELU"),  # the paper's, and the README's
+        ("ViT-L/14", "openai", "QuickGELU"),
+        ("ViT-L-14", "laion2b_s32b_b82k", "GELU"),
+        (GELU_CLIP, "openai", "QuickGELU"),
+        (GELU_CLIP, "metaclip-fullcc", "QuickGELU"),
+        (QUICK_CLIP, "openai", "QuickGELU"),
+        (GELU_CLIP, "laion2b_s34b_b79k", "GELU"),
+        ("ViT-H-14", "dfn5b", "QuickGELU"),
+    ],
+)
+def test_a_tag_has_its_own_activation(hub, name, tag, activation):
+    encoder, _ = load_vision_encoder(name, tag)
+    assert activations(encoder) == {activation}
+
+
+def test_a_tag_keeps_its_own_picture_settings(hub):
+    """dfn5b squashes, CLIPA has another mean and bilinear scaling."""
+    mean, _, resize = normalised(load_vision_encoder("ViT-H-14", "dfn5b")[1])
+    assert mean == MEAN and tuple(resize.size) == (32, 32)
+    mean, _, resize = normalised(load_vision_encoder("ViT-L-14-CLIPA", "datacomp1b")[1])
+    assert mean == (0.485, 0.456, 0.406) and resize.interpolation.value == "bilinear"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize(
+    "name, tag",
+    [
+        ("ViT-L-14", "openai"),
+        ("ViT-H-14", "dfn5b"),
+        ("ViT-L-14-CLIPA", "datacomp1b"),
+        (GELU_CLIP, "laion2b_s34b_b79k"),
+    ],
+)
+def test_a_file_with_its_tag_is_as_the_tag(hub, weights, name, tag, suffix):
+    """Token for token, and pixel for pixel."""
+    picture = Image.effect_noise((50, 40), 90).convert("RGB")
+    wanted, processor = load_vision_encoder(name, tag)
+    pixels = processor(picture)[None, None, None]  # (B, T_img, F, 3, H, W)
+    mine, my_processor = load_vision_encoder(name, f"{tag}:{weights}/clip.{suffix}")
+    assert torch.equal(my_processor(picture), pixels[0, 0, 0])
+    assert torch.equal(mine(pixels), wanted(pixels))
+
+
+def test_a_file_that_does_not_say_is_warned_of(weights):
+    with pytest.warns(UserWarning, match=r"does not say.*ViT-B-32.*openai.*openai:"):
+        encoder, _ = load_vision_encoder(GELU_CLIP, f"{weights}/clip.pt")
+    assert activations(encoder) == {"GELU"}
+    with pytest.warns(UserWarning, match=r"datacomp1b want something else"):
+        load_vision_encoder("ViT-L-14-CLIPA", f"{weights}/clip.pt")
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_name_of_a_quickgelu_clip_is_enough(weights):
+    encoder, _ = load_vision_encoder(QUICK_CLIP, f"{weights}/clip.pt")
+    assert activations(encoder) == {"QuickGELU"}
+
+
+@pytest.mark.parametrize(
+    "pretrained, reason",
+    [
+        ("{}/vit_b_32-quickgelu-mine.pt", "quickgelu-mine.*True.*ViT-B-32.*False"),
+        ("{}/ViT-B-32_QuickGELU.pt", "QuickGELU.pt.*True.*ViT-B-32.*False"),
+        ("laion2b_s34b_b79k:{}/quick-gelu.pt", "quick-gelu.*laion2b_s34b_b79k.*False"),
+        ("no_tag:{}/clip.pt", "ViT-B-32 has no tag 'no_tag'.*openai"),
+    ],
+)
+def test_a_mismatch_that_is_seen_names_both(weights, tmp_path, pretrained, reason):
+    name = pretrained.split("/")[-1]
+    shutil.copy(weights / "clip.pt", tmp_path / name)
+    with pytest.raises(ValueError, match=reason):
+        load_vision_encoder(GELU_CLIP, pretrained.format(tmp_path))
+
+
+def test_a_tag_that_a_quickgelu_name_does_not_have(weights):
+    with pytest.raises(
+        ValueError, match=f"{QUICK_CLIP} has no tag 'laion2b_s34b_b79k'"
+    ):
+        load_vision_encoder(QUICK_CLIP, f"laion2b_s34b_b79k:{weights}/clip.pt")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "beside, reason",
+    [
+        ({"quick_gelu": True}, "'quick_gelu': True.*ViT-B-32.*'quick_gelu': False"),
+        ({"mean": [0.5, 0.5, 0.5]}, r"'mean': \(0.5, 0.5, 0.5\).*ViT-B-32.*0.48145"),
+        ({"resize_mode": "squash"}, "'squash'.*ViT-B-32.*'shortest'"),
+        ({"interpolation": "bilinear"}, "'bilinear'.*ViT-B-32.*'bicubic'"),
+        ({}, None),
+    ],
+)
+def test_the_configuration_beside_a_file_is_read(
+    small_models, weights, tmp_path, beside, reason
+):
+    """As a folder of the hub has one. It agrees, or both are named."""
+    model_cfg = {
+        **small_models[GELU_CLIP],
+        "quick_gelu": beside.pop("quick_gelu", False),
+    }
+    config = {"model_cfg": model_cfg, "preprocess_cfg": beside}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    shutil.copy(weights / "clip.safetensors", tmp_path)
+    file = f"{tmp_path}/clip.safetensors"
+    if reason is None:
+        load_vision_encoder(GELU_CLIP, file)
+        return
+    with pytest.raises(
+        ValueError, match=f"(?s)open_clip_config.json.*{reason}|{reason}"
+    ):
+        load_vision_encoder(GELU_CLIP, file)
+    encoder, _ = load_vision_encoder(f"local-dir:{tmp_path}")  # what the error advises
+    assert activations(encoder) == {"QuickGELU" if model_cfg["quick_gelu"] else "GELU"}
+
+
+def test_a_damaged_configuration_beside_a_file_is_an_error(weights, tmp_path):
+    shutil.copy(weights / "clip.pt", tmp_path)
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with pytest.raises(OSError, match="clip.pt"):
+        load_vision_encoder(QUICK_CLIP, f"{tmp_path}/clip.pt")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_file_for_pictures_of_another_size(
+    small_models, weights, monkeypatch, suffix
+):
+    """open_clip would stretch its table of places, and say nothing."""
+    vision = {**small_models[QUICK_CLIP]["vision_cfg"], "image_size": 48}
+    monkeypatch.setitem(
+        small_models, QUICK_CLIP, {**small_models[QUICK_CLIP], "vision_cfg": vision}
+    )
+    with pytest.raises(ValueError, match=f"16 patches, and {QUICK_CLIP} makes 36"):
+        load_vision_encoder(QUICK_CLIP, f"{weights}/clip.{suffix}")
+
+
+def test_weights_beside_a_folders_own_are_refused(weights):
+    """open_clip ignores them, with a line in a log."""
+    for pretrained in ("openai", f"{weights}/clip.pt"):
+        with pytest.raises(ValueError, match="tiny_clip has weights of its own"):
+            load_vision_encoder(CLIP, pretrained)
+
+
+def test_the_papers_size_asks_for_quickgelu(small_models, hub, backbones):
+    """`build_flamingo("paper")`, with a small language model."""
+    sizes = {**SMALL, "lang_encoder_path": backbones["opt"]}
+    model, _, _ = build_flamingo("paper", tokenizer_path=backbones["opt"], **sizes)
+    blocks = model.vision_encoder.transformer.resblocks
+    assert type(blocks[0].mlp.gelu).__name__ == "QuickGELU"
+
+
+# ------------------------------------------------------------------------- fingerprints
+
+
+def tower(quick_gelu=False, preprocess=None, **vision):
+    """The same weights whatever the settings, as far as those allow."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32}
+    model = open_clip.CLIP(
+        embed_dim=32,
+        vision_cfg={**sizes, "patch_size": 8, **vision},
+        text_cfg={"vocab_size": 8, "width": 32, "heads": 1, "layers": 1},
+        quick_gelu=quick_gelu,
+    )
+    settings = {
+        "mean": MEAN,
+        "std": MEAN,
+        "resize_mode": "shortest",
+        **(preprocess or {}),
+    }
+    model.visual.preprocess_cfg = settings
+    return VisionEncoder(model)
+
+
+OTHERS = {
+    "activation": {"quick_gelu": True},
+    "a form of GELU": {"act_kwargs": {"approximate": "tanh"}},
+    "heads": {"head_width": 16},
+    "epsilon": {"norm_kwargs": {"eps": 1e-6}},
+    "pooling": {"pool_type": "avg"},
+    "the last LayerNorm": {"final_ln_after_pool": True},
+    "mean": {"preprocess": {"mean": (0.5, 0.5, 0.5)}},
+    "deviation": {"preprocess": {"std": (0.5, 0.5, 0.5)}},
+    "resize mode": {"preprocess": {"resize_mode": "squash"}},
+    "interpolation": {"preprocess": {"interpolation": "bilinear"}},
+    "picture size, as many patches": {"image_size": 64, "patch_size": 16},
+    "picture size, the same grid": {"image_size": (33, 33)},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_fingerprint_differs_where_the_computation_does(what):
+    ours, other = tower(), tower(**OTHERS[what])
+    assert fingerprint(ours) == fingerprint(tower()) == fingerprint(copy.deepcopy(ours))
+    assert fingerprint(ours) != fingerprint(other)
+    if "patch_size" not in OTHERS[what]:
+        states = (e.state_dict().values() for e in (ours, other))
+        assert all(map(torch.equal, *states))
+        settings = "the weights are the same, the settings are not"
+        assert difference(fingerprint(ours), fingerprint(other)) == settings
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation_function": "gelu"},
+        {"num_attention_heads": 4},
+        {"do_layer_norm_before": False},
+    ],
+)
+def test_a_language_models_fingerprint_has_its_settings(change):
+    def build(**change):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1}
+        settings = {"num_attention_heads": 2, "ffn_dim": 64, **sizes, **change}
+        return OPTForCausalLM(OPTConfig(word_embed_proj_dim=32, **settings))
+
+    assert fingerprint(build()) == fingerprint(build())
+    assert fingerprint(build()) != fingerprint(build(**change))
+
+
+def test_a_model_trained_on_another_activation_is_refused(tmp_path):
+    """The same weights in the folder of another CLIP, and one word in its config."""
+    model, _, _ = build_flamingo("tiny")
+    save_flamingo(model, tmp_path / "mine")
+    eyes = shutil.copytree(DATA / "tiny_clip", tmp_path / "eyes")
+    config = json.loads((eyes / "open_clip_config.json").read_text())
+    config["model_cfg"]["quick_gelu"] = True
+    (eyes / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="mine .*tiny_clip.*eyes.*settings are not"):
+        load_flamingo(tmp_path / "mine", clip_vision_encoder_path=f"local-dir:{eyes}")
+
+
+def test_fingerprints_of_weights_alone_are_still_read(tmp_path):
+    """A folder from before: as much as it says must be right, and no less."""
+    model, _, _ = load_flamingo("tiny")
+    save_flamingo(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in config["backbones"].values():
+        part["fingerprint"] = part["fingerprint"].split("-")[0]
+    assert config["backbones"]["vision_encoder"]["fingerprint"] == "7b18c8e4c8e34845"
+    assert config["backbones"]["lang_encoder"]["fingerprint"] == "5683d3a661d76187"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load_flamingo(tmp_path)
+    for wrong in ("7b18c8e4c8e34846", "", "7b18", "7b18c8e4c8e34845-00000000", None):
+        config["backbones"]["vision_encoder"]["fingerprint"] = wrong
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="trained with the vision_encoder"):
+            load_flamingo(tmp_path)
+
+
+def test_the_shipped_models_name_weights_and_settings():
+    for part in json.loads((DATA / "tiny_flamingo/config.json").read_text())[
+        "backbones"
+    ].values():
+        assert re.fullmatch("[0-9a-f]{16}-[0-9a-f]{8}", part["fingerprint"])
+
+
+# ---------------------------------------------------------- towers without patch tokens
+
+
+@pytest.mark.parametrize(
+    "vision, reason",
+    [
+        ({"attentional_pool": True}, "learned queries"),
+        ({"attentional_pool": "parallel"}, "learned queries"),
+        ({"attentional_pool": "cascade"}, "learned queries"),
+        ({"attentional_pool": True, "attn_pooler_queries": 17}, "learned queries"),
+        ({"pool_type": "none"}, "CLS stands among"),
+        ({"layers": [1, 1, 1, 1]}, "got ModifiedResNet"),
+    ],
+)
+def test_a_tower_without_patch_tokens_is_refused(tmp_path, vision, reason):
+    """17 queries, one of them pooled, are as many tokens as the grid has patches."""
+    with pytest.raises(ValueError, match=f"no patch tokens: .*{reason}"):
+        tower(**vision)
+    config = {"model_cfg": {"vision_cfg": vision}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"no patch tokens: .*{reason}"):
+        load_vision_encoder(f"local-dir:{tmp_path}")  # there are no weights to load
+
+
+PLAIN_VITS = re.compile(
+    r"((roberta|mt5|xlm-roberta|nllb-clip|coca)[-_].*)?ViT-([SMBLHge]|bigG)-\d+.*"
+    r"|nllb-clip-(base|large)|coca_base"
+)
+
+
+@pytest.mark.parametrize("name", open_clip.list_models())
+def test_every_model_of_open_clip_is_taken_or_refused(name, monkeypatch):
+    """By its name alone: nothing is built, and nothing fetched."""
+
+    class Built(Exception):
+        pass
+
+    def build(*args, **kwargs):
+        raise Built
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", build)
+    queries = name in ("coca_ViT-B-32", "coca_ViT-L-14")
+    other = re.search("SigLIP|siglip", name) or not PLAIN_VITS.fullmatch(name)
+    with pytest.raises((OSError, ValueError)) as caught:
+        load_vision_encoder(name, "openai")
+    if queries or other:
+        assert caught.type is ValueError and name in str(caught.value)
+        assert ("learned queries" if queries else "want a Vision") in str(caught.value)
+    else:
+        assert isinstance(caught.value.__cause__, Built)
+
+
+def test_tokens_are_counted_against_the_grid():
+    """Whatever is done to the tower afterwards."""
+    encoder = tower()
+    pixels = torch.zeros(1, 1, 1, 3, 32, 32)  # (B, T_img, F, 3, H, W)
+    assert encoder(pixels).shape == (1, 1, 1, 16, 64)
+    encoder.visual.pool_type = "none"
+    with pytest.raises(ValueError, match="want 16 tokens, one a patch, got 17"):
+        encoder(pixels)

@@ -262,7 +262,8 @@ def test_killed_there_and_started_again(name, begin, tmp_path, undisturbed):
     lines = lines_until_the_end(pipe)
     process.join()
     assert process.exitcode == 0
-    assert len(lines) == (SETTINGS["n_steps"] - (step or 0)) / EVERY  # it went on
+    n_steps = SETTINGS["n_steps"] - (step or 0)
+    assert len(lines) == (step is not None) + n_steps / EVERY  # it went on, and said so
     check_end(tmp_path, undisturbed)
 
 

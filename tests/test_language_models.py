@@ -120,7 +120,7 @@ def test_closed_gates_change_nothing_and_open_ones_look(build, paths, kind, side
     model, _, tokenizer = build()
     plain = plain_language_model(paths[kind], model)
     ids, mask = tokenize(tokenizer, TEXTS, side)
-    first, other = random_features([2, 1], 2, seed=1), random_features([2, 1], 2, seed=2)
+    first, other = (random_features([2, 1], 2, seed=seed) for seed in (1, 2))
     other[:, 0] = first[:, 0]  # only the second picture, of row 0, is another
     behind = (ids == model.media_token_id).cumsum(dim=1) == 2  # (B, T_txt)
     with torch.no_grad():

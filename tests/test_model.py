@@ -210,7 +210,7 @@ def test_vision_features_equal_vision_x(small, F):
 
 
 def test_no_image_at_all_in_the_text(small, backbones):
-    """Then the pictures are zeros, or kept for later, and ignored, whatever they show."""
+    """Then the pictures are zeros, or for later, and ignored, whatever they show."""
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, ["no picture here"])
     with torch.no_grad():
@@ -314,7 +314,8 @@ def test_state_is_clean_after_every_exit(small):
 def test_nothing_passed_in_is_changed(small):
     model, _, tokenizer = small
     batch = labelled_batch(model, tokenizer, side="left")
-    passed = {**batch, "pixels": random_pixels([2, 1], 2), "features": random_features([2, 1], 2)}
+    passed = {**batch, "pixels": random_pixels([2, 1], 2)}
+    passed["features"] = random_features([2, 1], 2)
     copies = {name: tensor.clone() for name, tensor in passed.items()}
     settings = {"attention_mask": batch["attention_mask"], "max_new_tokens": 3}
     config = GenerationConfig(do_sample=False)

@@ -53,6 +53,7 @@ from flamingo_lite import (
     run_settings,
     save_checkpoint,
     save_flamingo,
+    trained_rows,
     trained_tensors,
     training_step,
 )
@@ -291,6 +292,7 @@ class Captions:
     good = ["a.png", "b.jpg", "inner/c.gif", "inner/../a.png", "inside.png"]
     bad = ["link.png", "away/secret.png", "../secret.png", "/etc/hostname", "loop.png"]
     bad += ["pipe.png", "inner", "", ".", "gone.png", "a\0.png", "n" * 5000, "\udc80"]
+    bad += ["..\\secret.png", "inner\\..\\..\\secret.png"]
 
     def __init__(self, folder):
         self.folder = folder / "captions"
@@ -502,7 +504,9 @@ class Checkpoints:
         want(saved.keys() == trained.keys(), "other tensors than are trained")
         for name, tensor in trained.items():
             want(tensor.isfinite().all(), f"{name} is not finite")
-            want(torch.equal(tensor, saved[name].to(tensor)), f"{name} is another")
+            rows = trained_rows(self.model).get(tensor, ...)
+            same = torch.equal(tensor[rows], saved[name].to(tensor))
+            want(same, f"{name} is another")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 rates = [group[n] for n in ("lr", "peak", "weight_decay")]

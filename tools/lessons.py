@@ -186,7 +186,8 @@ def teach(built, shares, seed, report_every, args, longest=10):
 
     def report(line):
         print(line, flush=True)
-        log.append(line[: line.index("loss") + 10])  # not the pace
+        if "loss" in line:  # and not where a training goes on from
+            log.append(line[: line.index("loss") + 10])  # not the pace
 
     features, texts, sequences = make_lessons(
         model, image_processor, seed, shares, longest

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Draw the book's first-page picture: captions, and the same with pictures shuffled.
+"""Draw the book's first-page picture: captions, and captions with one thing exchanged.
 
     python tools/make_cover.py
 
 Writes book/images/cover.png with the embedded trained model: the flamingo of OpenMoji,
 two things by Twemoji, the flamingo of Twemoji, a thing by OpenMoji (no model here was
 trained on either studio), and two pairs that no training scene held. All but the
-flamingos are drawn by lot with --seed, not chosen. It also counts in how many of 100
-places and sizes each of the two flamingos is named.
+flamingos are drawn by lot with --seed, not chosen. The lower row is a measurement of
+its own: in each picture one thing is exchanged for another by the same studio, drawn by
+lot, all else stays where it is, and the model is run on that picture. In a pair it is
+the second thing, and the new pair is held out as well. The script also counts in how
+many of 100 places and sizes each of the two flamingos is named.
 """
 
 import argparse
@@ -18,11 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from flamingo_lite import (
     caption,
+    draw_scene,
+    is_held_out,
     load_captions,
     load_flamingo,
+    load_sprites,
     make_scenes,
 )
 
@@ -45,6 +52,30 @@ def choose(rows, seed):
     ]
 
 
+def drawn(scene, sprites, names, seed):
+    """A scene with its things in places that the seed alone decides."""
+    drawings = [
+        sprites[thing][studio]
+        for thing, studio in zip(scene["things"], scene["studios"], strict=True)
+    ]
+    picture = draw_scene(np.random.default_rng(seed), drawings, scene["relation"])
+    text = f" {scene['relation']} ".join(names[thing] for thing in scene["things"])
+    return {**scene, "picture": picture, "text": text}
+
+
+def exchanged(rng, scene, sprites):
+    """The same scene with its last thing exchanged for another by the same studio."""
+    *first, old = scene["things"]
+    others = [
+        thing
+        for thing, drawings in sprites.items()
+        if thing not in scene["things"]
+        and scene["studios"][-1] in drawings
+        and all(is_held_out(one, thing) for one in first)
+    ]
+    return {**scene, "things": [*first, str(rng.choice(others))]}
+
+
 def flamingo_rows(rows):
     """The flamingo of each unseen studio, each in a list of its own."""
     mine = [row for row in rows if row["thing"] == "flamingo" and not row["trained"]]
@@ -64,30 +95,44 @@ def main():
     args = parser.parse_args()
     model, image_processor, tokenizer = load_flamingo("tiny")
     rows = [row for row in load_captions(ROOT / "data" / "emoji") if row["named"]]
-    scenes = choose(rows, args.seed)
-    pictures = [scene["picture"] for scene in scenes]
-    captions = caption(model, image_processor, tokenizer, pictures)
-    shuffled = captions[1:] + captions[:1]  # what it says when shown the next picture
-
-    fig, axes = plt.subplots(2, len(scenes), figsize=(9.6, 4.9), facecolor="white")
-    for row, said in enumerate((captions, shuffled)):
-        for ax, picture, text, scene in zip(
-            axes[row], pictures, said, scenes, strict=True
+    sprites, names = load_sprites(rows), {row["thing"]: row["text"] for row in rows}
+    rng, scenes, right = np.random.default_rng(args.seed), [[], []], []
+    for number, scene in enumerate(choose(rows, args.seed)):
+        for row, one in zip(
+            scenes, (scene, exchanged(rng, scene, sprites)), strict=True
         ):
-            ax.imshow(picture, alpha=1.0 if row == 0 else 0.5)
-            colour = RIGHT if text == scene["text"] else WRONG
+            row.append(drawn(one, sprites, names, (args.seed, number)))
+
+    n = len(scenes[0])
+    fig, axes = plt.subplots(2, n, figsize=(9.6, 4.9), facecolor="white")
+    for row, one in zip(axes, scenes, strict=True):
+        pictures = [scene["picture"] for scene in one]
+        said = caption(model, image_processor, tokenizer, pictures)
+        right.append([text == s["text"] for text, s in zip(said, one, strict=True)])
+        for ax, picture, text, good in zip(row, pictures, said, right[-1], strict=True):
+            ax.imshow(picture)
+            colour = RIGHT if good else WRONG
             ax.set_title(broken(text), fontsize=11, color=colour, linespacing=1.05)
             ax.axis("off")
+        print(
+            *(f"{s['text']} -> {text}" for s, text in zip(one, said, strict=True)),
+            sep="\n",
+        )
     for y, text in (
         (0.985, "What the model says of each picture:"),
-        (0.49, "What it says when it is shown the next one instead:"),
+        (
+            0.49,
+            "One thing in each exchanged for another, by lot, and what it says now:",
+        ),
     ):
         fig.text(0.01, y, text, fontsize=12, color="#343a40", va="top")
     fig.subplots_adjust(0.01, 0.0, 0.99, 0.78, wspace=0.08, hspace=0.75)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(args.out, dpi=150, metadata={"Software": None})
-    right = sum(c == s["text"] for c, s in zip(captions, scenes, strict=True))
-    print(f"{right} of {len(scenes)} captions are exact; {args.out.name} is written")
+    above, below = map(sum, right)
+    print(
+        f"{above} of {n} captions are exact, {below} below; {args.out.name} is written"
+    )
     for rows_of_one in flamingo_rows(rows):
         many = make_scenes(rows_of_one, 100, seed=args.seed + 1, pairs=0.0)
         said = caption(model, image_processor, tokenizer, [s["picture"] for s in many])

@@ -1,18 +1,23 @@
 #!/usr/bin/env python3
-"""Rasterise nine studios' emoji into data/emoji, an imagefolder with metadata.jsonl.
+"""Rasterise the drawings in data/: nine studios' emoji, and other hands.
 
-A reader never needs this: the pictures are committed. To make them again, install the
-nine npm packages that `data/README.md` lists, and `resvg-py` from PyPI, then
+data/emoji holds the emoji; data/hands silhouettes and line drawings of icon sets, and
+clip art by many artists. Both are imagefolders with metadata.jsonl. A reader never
+needs this: the pictures are committed. To make them again, install the npm packages
+that `data/README.md` lists, `resvg-py` from PyPI and, for the clip art, Debian's
+`openclipart-png`, then
 
     npm install --prefix /some/folder $(python tools/make_pictures.py --packages)
     python tools/make_pictures.py /some/folder/node_modules/@iconify-json
 
-Same packages, same pictures: nothing here is random.
+Same packages, same pictures: nothing here is random. Which icon and which clip art
+shows what was found by name and then by looking: `tools/hands.json`.
 """
 
 import argparse
 import io
 import json
+import zlib
 from pathlib import Path
 
 SIZE = 64  # pixels; drawings are fitted into a square
@@ -29,6 +34,13 @@ STUDIOS = {
     "twemoji": ("@iconify-json/twemoji@1.2.5", False),
     "openmoji": ("@iconify-json/openmoji@1.2.29", False),
 }
+
+# Sets of silhouettes and line drawings, in one ink but for streamline-emojis.
+ICON_SETS = """
+fluent-emoji-high-contrast@1.2.6 emojione-monotone@1.2.1 streamline-emojis@1.2.4
+game-icons@1.2.4 mdi@1.2.3 icon-park@1.2.4 icon-park-solid@1.2.4 ph@1.2.2 lucide@1.2.137
+hugeicons@1.2.35 tabler@1.2.41 mingcute@1.2.8 fa6-solid@1.2.4"""
+CLIP_ART = Path("/usr/share/openclipart/png")  # openclipart-png 1:0.18+dfsg-19
 
 # "icon" or "icon=name we say". Named things have captions; the others are kept for
 # few-shot chapters, where a prompt gives them a made-up name.
@@ -116,9 +128,14 @@ def rasterise(text):
     import resvg_py
     from PIL import Image
 
-    # Draw large, cut away the margin that the studio left, and shrink to SIZE.
     big = bytes(resvg_py.svg_to_bytes(svg_string=text, width=4 * SIZE, height=4 * SIZE))
-    picture = Image.open(io.BytesIO(big)).convert("RGBA")
+    return cropped(Image.open(io.BytesIO(big)).convert("RGBA"))
+
+
+def cropped(picture):
+    """Cut away the margin that was left round a large drawing, and shrink to SIZE."""
+    from PIL import Image
+
     box = picture.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox()
     if box is None:
         raise SystemExit("an icon came out empty")
@@ -129,48 +146,124 @@ def rasterise(text):
     return square.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
+def article(name):
+    """The name with a or an."""
+    return f"{'an' if name[0] in 'aeiou' and name != 'unicorn' else 'a'} {name}"
+
+
+def read_icons(folder, package):
+    """icons.json of an npm package of the wanted version."""
+    name, _, wanted = package.rpartition("@")
+    folder = folder / name.split("/")[-1]
+    version = json.loads((folder / "package.json").read_text())["version"]
+    if version != wanted:
+        raise SystemExit(f"{folder.name}: want {package}, found {version}")
+    return json.loads((folder / "icons.json").read_text())
+
+
+def clear_ground(picture):
+    """RGBA, and a plain opaque ground, reached from the corners, made transparent."""
+    from PIL import Image, ImageDraw
+
+    picture = picture.convert("RGBA")
+    if picture.getchannel("A").getextrema()[0] < 255:
+        return picture
+    flat, mark = picture.convert("RGB"), (255, 0, 254)
+    right, bottom = flat.width - 1, flat.height - 1
+    for corner in ((0, 0), (right, 0), (0, bottom), (right, bottom)):
+        if min(flat.getpixel(corner)) > 235:  # nearly white
+            ImageDraw.floodfill(flat, corner, mark, thresh=30)
+    alpha = [0 if pixel == mark else 255 for pixel in flat.get_flattened_data()]
+    mask = Image.new("L", flat.size)
+    mask.putdata(alpha)
+    picture.putalpha(mask)
+    return picture
+
+
+def is_trained_artist(artist):
+    """Half of the clip art's artists, by a hash of the name; the others are a test."""
+    return zlib.crc32(f"a{artist}".encode()) % 2 == 0
+
+
+def make_hands(icons_folder, out):
+    """data/hands: silhouettes in one ink, and clip art split by artist."""
+    from PIL import Image
+
+    hands = json.loads(Path(__file__).with_name("hands.json").read_text())
+    named = {name: is_named for _, name, is_named in things()}
+    rows = []
+
+    def keep(picture, hand, sort, name, number, trained, **how):
+        folder = out / hand.replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        file_name = f"{folder.name}/{name.replace(' ', '_')}_{number}.webp"
+        picture.save(out / file_name, method=6, **how)
+        row = {"file_name": file_name, "text": article(name), "thing": name}
+        row |= {"studio": hand, "sort": sort, "named": named[name], "trained": trained}
+        rows.append(row)
+
+    for package in ICON_SETS.split():
+        studio = package.split("@")[0]
+        icons = read_icons(icons_folder, package)
+        coloured = studio == "streamline-emojis"
+        sort, how = "silhouette", {"lossless": True}
+        if coloured:
+            sort, how = "emoji", {"quality": 90}
+        for name, chosen in hands["icon sets"][studio].items():
+            for number, icon in enumerate(chosen, 1):
+                picture = rasterise(svg(icons, icon))
+                if not coloured:  # an ink and its paper: brightness says which
+                    grey, alpha = picture.convert("L"), picture.getchannel("A")
+                    picture = Image.merge("RGBA", [grey, grey, grey, alpha])
+                keep(picture, studio, sort, name, number, True, **how)
+    for name, chosen in hands["openclipart"].items():
+        for number, (file, artist) in enumerate(chosen, 1):
+            if artist == "unknown":
+                continue  # could be by an artist of the other half
+            with Image.open(CLIP_ART / file) as picture:
+                drawing = cropped(clear_ground(picture))
+            trained = is_trained_artist(artist)
+            keep(drawing, artist, "clip art", name, number, trained, quality=90)
+    return rows
+
+
+def write_listing(out, rows):
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (out / "metadata.jsonl").write_text(lines)
+    shown = {row["thing"] for row in rows}
+    print(f"{out}: {len(rows)} pictures of {len(shown)} things")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("icons", nargs="?", type=Path, help="the @iconify-json folder")
-    parser.add_argument("--out", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--out", type=Path, default=Path("data"))
     parser.add_argument(
         "--packages", action="store_true", help="print the npm packages"
     )
     args = parser.parse_args()
     if args.packages:
-        print(*(package for package, _ in STUDIOS.values()))
+        sets = [f"@iconify-json/{package}" for package in ICON_SETS.split()]
+        print(*(package for package, _ in STUDIOS.values()), *sets)
         return
     if args.icons is None or not args.icons.is_dir():
         parser.error("name the @iconify-json folder (see --help)")
 
-    rows = []
+    rows, out = [], args.out / "emoji"
     for studio, (package, trained) in STUDIOS.items():
-        folder = args.icons / package.split("/")[1].split("@")[0]
-        icons = json.loads((folder / "icons.json").read_text())
-        version = json.loads((folder / "package.json").read_text())["version"]
-        if version != package.rsplit("@", 1)[1]:
-            raise SystemExit(f"{folder.name}: want {package}, found {version}")
-        (args.out / studio).mkdir(parents=True, exist_ok=True)
+        icons = read_icons(args.icons, package)
+        (out / studio).mkdir(parents=True, exist_ok=True)
         for icon, name, is_named in things():
             text = svg(icons, icon)
             if text is None:
                 continue
             file_name = f"{studio}/{name.replace(' ', '_')}.webp"
-            rasterise(text).save(args.out / file_name, quality=90, method=6)
-            article = "an" if name[0] in "aeiou" and name != "unicorn" else "a"
-            rows.append(
-                {
-                    "file_name": file_name,
-                    "text": f"{article} {name}",
-                    "thing": name,
-                    "studio": studio,
-                    "named": is_named,
-                    "trained": trained,
-                }
-            )
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (args.out / "metadata.jsonl").write_text(lines)
-    print(f"{len(rows)} pictures of {len(things())} things")
+            rasterise(text).save(out / file_name, quality=90, method=6)
+            row = {"file_name": file_name, "text": article(name), "thing": name}
+            row |= {"studio": studio, "named": is_named, "trained": trained}
+            rows.append(row)
+    write_listing(out, rows)
+    write_listing(args.out / "hands", make_hands(args.icons, args.out / "hands"))
 
 
 if __name__ == "__main__":
