@@ -21,6 +21,9 @@ import numpy as np
 import open_clip
 import torch
 from einops import rearrange
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from open_clip.pretrained import download_pretrained_from_hf
 from PIL import Image, ImageOps
 from torch import nn
@@ -259,6 +262,19 @@ def _check_grid(file, name, visual):
         )
 
 
+def _fetch(name, tag, cache_dir):
+    """Fetch weights from the hub. A try of open_clip's that fails would not say why."""
+    place = name.removeprefix("hf-hub:")
+    if place == name:
+        place = (open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub", "")
+        if not place.endswith("/"):  # not on the hub, or a file of another name
+            return
+    try:
+        hf_hub_download(place.strip("/"), HF_SAFE_WEIGHTS_NAME, cache_dir=cache_dir)
+    except EntryNotFoundError:
+        pass  # older ones have only a .bin file, which open_clip fetches
+
+
 @contextmanager
 def _explained(name, pretrained):
     """Raise OSError, which says what to do, for whatever a reader of files raises."""
@@ -310,6 +326,8 @@ def load_vision_encoder(name, pretrained=None, cache_dir=None):
     _check_tower(name, *tower)
     settings = _find_settings(config, name, tag)
     with _explained(name, pretrained):
+        if tag or name.startswith("hf-hub:"):
+            _fetch(name, tag, cache_dir)
         clip, _, image_processor = open_clip.create_model_and_transforms(
             name,
             file or tag,
