@@ -266,8 +266,10 @@ def test_a_mask_of_another_shape():
 def test_everything_is_imported_without_matplotlib():
     """Only who draws needs it."""
     code = (
-        "import sys\nsys.modules['matplotlib'] = sys.modules['matplotlib.pyplot'] = None\n"
-        "from flamingo_lite import *\nprint(attention_maps.__name__, show_maps.__name__)"
+        "import sys\nfor name in ('matplotlib', 'matplotlib.pyplot'):\n"
+        "    sys.modules[name] = None\n"
+        "from flamingo_lite import *\n"
+        "print(attention_maps.__name__, show_maps.__name__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
