@@ -45,7 +45,7 @@ def task_episode(rng, scenes, question, n_shots):
         an episode; the answer is the query's "thing", "number" or "kind".
 
     Raises:
-        ValueError: an unknown question, too few scenes, or scenes that cannot answer it.
+        ValueError: an unknown question, too few scenes, or they cannot answer it.
     """
     if question not in QUESTIONS:
         raise ValueError(f"no question {question!r}; there are {', '.join(QUESTIONS)}")
@@ -264,7 +264,7 @@ def in_words(episode, scenes):
     """
     numbers = episode["numbers"]
     if not all(0 <= number < len(scenes) for number in numbers):
-        raise ValueError(f"pictures {numbers} of {len(scenes)}: one of them has no name")
+        raise ValueError(f"pictures {numbers} of {len(scenes)}: one has no name")
     asked = [scenes[number] for number in numbers]
     names = [s["thing"] if "thing" in s else s["things"][0] for s in asked]
     turns = zip(names, episode["texts"][:-1], strict=False)
@@ -360,12 +360,13 @@ def _check_captions(captions, references):
     for name, given in (("captions", captions), ("references", references)):
         if isinstance(given, (str, Mapping)):
             raise TypeError(f"{name} must be a list, one entry for each picture")
-    captions, references = list(captions), list(references)
+    captions = list(captions)
+    references = [x if isinstance(x, str) else list(x) for x in references]
     if not captions or len(captions) != len(references):
         raise ValueError(f"{len(captions)} captions, references of {len(references)}")
-    for i, (caption, own) in enumerate(zip(captions, references, strict=True)):
-        if not isinstance(caption, str):
-            raise TypeError(f"picture {i}: want its caption, a string, got {caption!r}")
+    for i, (written, own) in enumerate(zip(captions, references, strict=True)):
+        if not isinstance(written, str):
+            raise TypeError(f"picture {i}: want its caption, a string, got {written!r}")
         if isinstance(own, str):
             raise TypeError(f"picture {i}: want a list of references, so [{own!r}]")
         if not own or not all(isinstance(text, str) for text in own):

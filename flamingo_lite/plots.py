@@ -177,7 +177,7 @@ def occlusion(model, image_processor, tokenizer, picture, text, place, cells=4):
     pixels = torch.stack([image_processor(p) for p in covered])  # (1 + cells², 3, H, W)
     lang_x = tokenizer(interleave([text]), return_tensors="pt").input_ids
     if not 1 <= place < lang_x.shape[1]:
-        raise ValueError(f"token {place} of {lang_x.shape[1]}: want 1 or more, and less")
+        raise ValueError(f"token {place} of {lang_x.shape[1]}, the first being 0")
     lang_x = lang_x.expand(len(covered), -1).to(device)  # (1 + cells², T_txt)
     logits = model(pixels[:, None, None].to(device), lang_x).logits  # (…, T_txt, vocab)
     log_p = logits[:, place - 1].float().log_softmax(dim=-1)[:, lang_x[0, place]]

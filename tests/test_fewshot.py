@@ -548,7 +548,7 @@ def their_cider(captions, references):
 
 
 def check_cider(captions, references):
-    """Of words as they stand; and by default too where the texts are in small letters."""
+    """Of words as they stand; and by default too, of texts in small letters."""
     scores, mean = their_cider(captions, references)
     texts = [*captions, *(text for own in references for text in own)]
     plain = all(text == text.lower() for text in texts)
