@@ -281,7 +281,8 @@ def text_alone(model, tokenizer, prompt, n=5):
     ids, _ = tokenize(tokenizer, [prompt])
     start = ids.shape[1]
     for _ in range(n):
-        logits = model(None, ids, vision_features=random_features(1, 1)).logits[:, -1]
+        seen = {"vision_features": random_features(1, 1), "spare_pictures": True}
+        logits = model(None, ids, **seen).logits[:, -1]
         logits[:, model.media_token_id] = -torch.inf
         ids = torch.cat((ids, logits.argmax(dim=-1, keepdim=True)), dim=1)
         if ids[0, -1] == model.eoc_token_id:
@@ -310,7 +311,8 @@ def test_a_row_without_a_picture_is_text_alone(small, pictures):
 
 def test_answers_without_a_picture(small):
     model, _, tokenizer = small
-    answers, features = [f" {a}" for a in ANSWERS], random_features(1, 1)[0]
+    answers = [f" {answer}" for answer in ANSWERS]
+    features = torch.zeros_like(random_features(1, 1)[0])
     scores = score_candidates(*small, [], "this is", answers)
     wanted = score_slowly(model, tokenizer, features, "this is", answers)
     assert_close(scores, wanted, rtol=1e-4, atol=1e-4)
