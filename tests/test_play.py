@@ -20,7 +20,6 @@ import export_play
 
 from flamingo_lite import (
     caption,
-    check_text,
     load_captions,
     load_flamingo,
     make_prompt,
@@ -100,7 +99,9 @@ def watched(browser, address, width=1300, **context):
     page.on("pageerror", lambda error: faults.append(f"error: {error}"))
     page.on(
         "console",
-        lambda m: m.type in ("error", "warning") and faults.append(f"console: {m.text}"),
+        lambda m: (
+            m.type in ("error", "warning") and faults.append(f"console: {m.text}")
+        ),
     )
     page.goto(address)
     return page, faults
@@ -160,7 +161,9 @@ def last_logits(model, image_processor, tokenizer, pictures, prompt):
 def near_tie(parts, pictures, prompt, mine, theirs):
     """How far apart the two best logits are where two captions part."""
     tokenizer = parts[2]
-    one, two = (tokenizer(f"{prompt}{t}<|endofchunk|>").input_ids for t in (mine, theirs))
+    one, two = (
+        tokenizer(f"{prompt}{t}<|endofchunk|>").input_ids for t in (mine, theirs)
+    )
     place = next(i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
     logits = last_logits(*parts, pictures, f"{prompt}{theirs}")[place - 1]
     best = logits.topk(2).values
@@ -229,3 +232,225 @@ def test_logits(plain, scenes, tiny, as_in_the_page):
     print(apart)
     assert apart["the same weights"] < 1e-3
     assert apart["the original"] < 0.1
+
+
+TEXTS = (
+    "a lemon to the left of a red apple",
+    "<image>question: how many? answer: two<|endofchunk|><image>",
+    "it's  a   dax,\n\n 12 Éclairs (naïve) don't; 日本 🦩 end ",
+    "</s>mid<unk>dle <image> x",
+    "",
+)
+
+
+def test_tokenizer(plain, tiny):
+    for text in TEXTS:
+        want = tiny[2](text).input_ids
+        found = plain.evaluate("(text) => flamingoLite.inside.encode(text)", text)
+        assert found == want, text
+        back = plain.evaluate("(ids) => flamingoLite.inside.decode(ids)", want)
+        assert back == tiny[2].decode(want, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (300, 200), (37, 150), (20, 20), (640, 64)])
+def test_resizing_is_pillows(plain, tiny, size):
+    """Pixels of any size, given as ImageData, become the very bytes of Pillow's."""
+    rng = np.random.default_rng(sum(size))
+    noise = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    picture = noise.resize(size, Image.Resampling.BICUBIC)
+    js = "(p) => [...flamingoLite.inside.image_processor(picture(p))]"
+    found = np.array(plain.evaluate(js, as_rgba(picture))).reshape(64, 64, 3)
+    want = ((tiny[1](picture).permute(1, 2, 0) * 0.5 + 0.5) * 255).round().numpy()
+    assert (found == want).all()
+
+
+def test_transparency_is_on_white(plain):
+    """Every brightness with every alpha, to one step; Pillow rounds the same way."""
+    value, alpha = np.meshgrid(np.arange(256), np.arange(256))
+    rgba = np.stack([value, value, value, alpha], axis=-1).astype(np.uint8)
+    picture = Image.fromarray(rgba, "RGBA")
+    js = "(p) => [...flamingoLite.inside.rgb_on_white(picture(p)).data]"
+    found = np.array(plain.evaluate(js, as_rgba(picture))).reshape(256, 256, 3)
+    white = Image.new("RGBA", picture.size, "white")
+    want = np.asarray(Image.alpha_composite(white, picture).convert("RGB")).astype(int)
+    assert abs(found - want).max() == 0
+
+
+def test_an_image_file_with_transparency(plain, tiny):
+    """A WebP through <img> and canvas: at most 2 of 255 from Pillow, after resizing."""
+    from flamingo_lite.data import read_picture
+
+    path = ROOT / "data" / "emoji" / "twemoji" / "fox.webp"
+    src = "data:image/webp;base64," + base64.b64encode(path.read_bytes()).decode()
+    js = """async (src) => { const image = new Image(); image.src = src;
+    await image.decode(); return [...flamingoLite.inside.image_processor(image)]; }"""
+    found = np.array(plain.evaluate(js, src)).reshape(64, 64, 3)
+    pixels = tiny[1](read_picture(path)).permute(1, 2, 0).numpy()
+    assert abs(found - (pixels * 0.5 + 0.5) * 255).max() < 2.5
+
+
+def test_maps_are_those_of_chapter_11(plain, scenes, as_in_the_page):
+    model, image_processor, tokenizer = as_in_the_page
+    pictures = [scenes[0]["picture"], scenes[1]["picture"]]
+    prompt = "<image>a dax<|endofchunk|><image>"
+    js = """async ([pictures, prompt]) => { const maps = [];
+    await flamingoLite.caption(pictures.map(picture), prompt, { max_new_tokens: 1,
+      onToken: (t) => { if (!t.written) maps.push(t.maps.map((m) => m.map((x) => [...x]))); } });
+    return maps; }"""
+    found = plain.evaluate(js, [[as_rgba(p) for p in pictures], prompt])
+    pixels = torch.stack([image_processor(p) for p in pictures])[None, :, None]
+    with torch.no_grad():
+        features = model.vision_encoder(pixels[0, :, 0])[1][None, :, None]
+    lang_x = tokenizer(prompt, return_tensors="pt").input_ids
+    maps = attention_maps(model, {"vision_features": features, "lang_x": lang_x})
+    want = torch.stack([layer[0].mean(dim=0) for layer in maps], dim=1)
+    torch.testing.assert_close(torch.tensor(found), want, atol=1e-5, rtol=1e-4)
+
+
+def test_shut_gates_are_the_language_model(plain, scenes, as_in_the_page):
+    model, _, tokenizer = as_in_the_page
+    ids = tokenizer("<image>a lemon", return_tensors="pt").input_ids
+    js = """async (p) => { const rows = await flamingoLite.logits([picture(p)],
+    "<image>a lemon", { gates: 0 }); return rows.map((row) => [...row]); }"""
+    found = [plain.evaluate(js, as_rgba(scenes[i]["picture"])) for i in (0, 1)]
+    assert found[0] == found[1]
+    gates = [p for n, p in model.named_parameters() if n.endswith("_gate")]
+    kept = [gate.detach().clone() for gate in gates]
+    with torch.no_grad():
+        for gate in gates:
+            gate.zero_()
+        nothing = torch.zeros(1, 1, 1, 64, model.vis_dim)
+        want = model(None, ids, vision_features=nothing).logits[0]
+        for gate, value in zip(gates, kept, strict=True):
+            gate.copy_(value)
+    torch.testing.assert_close(torch.tensor(found[0]), want, atol=1e-3, rtol=0)
+
+
+def test_pictures_and_places_must_agree(plain, scenes):
+    js = """async (p) => { try { await flamingoLite.caption([picture(p)], "<image><image>"); }
+    catch (error) { return error.message; } }"""
+    said = plain.evaluate(js, as_rgba(scenes[0]["picture"]))
+    assert said == "1 pictures, but 2 <image> in the prompt"
+
+
+BARE = """<!doctype html><html lang=en><meta charset=utf-8><title>Play</title>
+<meta name=viewport content="width=device-width"><link rel=stylesheet href=book.css>
+<main><h1>Play</h1><div id=play class=play hidden></div></main>
+<script src=flamingo.js></script><script src=play.js></script></html>"""
+
+
+@pytest.fixture(scope="module", params=["bare", "rendered"])
+def address(request, folder):
+    """The page's scripts in an empty page, and the book's page if it is rendered."""
+    if request.param == "bare":
+        (folder / "bare.html").write_text(BARE)
+        return (folder / "bare.html").as_uri()
+    html = ROOT / "_build" / "html"
+    page, ours = html / "book" / "play.html", ("flamingo.js", "play.js")
+    same = page.is_file() and all(
+        (html / "_static" / name).read_bytes() == (STATIC / name).read_bytes()
+        for name in ours
+    )
+    if not same:
+        pytest.skip("the book is not rendered from these scripts: tools/build.py")
+    return page.as_uri()
+
+
+DONE = "document.querySelector('#play').dataset.state === 'done'"
+
+
+def opened(browser, address, width, **context):
+    page, faults = watched(browser, address, width, **context)
+    page.click("#play .play-start")
+    page.wait_for_selector("#play[data-state=done]", timeout=120_000)
+    return page, faults
+
+
+@pytest.mark.parametrize("width", [390, 1300])
+def test_with_a_mouse(browser, address, width):
+    page, faults = opened(browser, address, width)
+    said = page.locator(".play-answer")
+    first = said.inner_text()
+    assert first
+
+    def then(selector):
+        page.click(selector)
+        page.wait_for_function(DONE, timeout=60_000)
+        assert page.locator("#play > .play-said").inner_text() == ""
+        return said.inner_text()
+
+    answers = {then(f"#play .play-drawings button >> nth={i}") for i in (3, 9, 15)}
+    assert len(answers) == 3
+    then("text=Another picture")
+    assert then("text=Two new words") in ("a dax", "a wug")
+    assert page.locator(".play-slots button").count() == 3
+    chips = page.locator(".play-tokens button.play-written")
+    chips.first.hover()
+    assert page.locator(".play-slots button.play-faded").count() == 2
+    lit = """() => [...document.querySelectorAll(".play-heat")].map((canvas) =>
+      canvas.getContext("2d").getImageData(0, 0, 64, 64).data.some((x) => x > 0))"""
+    assert page.evaluate(lit) == [False, False, True]
+    then("text=Shuffled")
+    page.locator("#play-gates").fill("0")
+    page.wait_for_function(DONE, timeout=60_000)
+    shut = said.inner_text()
+    assert then("text=Shuffled") == shut == then("text=Another picture")
+    page.set_input_files("#play-file", ROOT / "data/emoji/twemoji/lemon.webp")
+    page.wait_for_function(DONE, timeout=60_000)
+    page.click("text=Draw one")
+    box = page.locator(".play-canvas").bounding_box()
+    page.mouse.move(box["x"] + 40, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 150, box["y"] + 150)
+    page.mouse.up()
+    then("text=Use this drawing")
+    sideways = "document.documentElement.scrollWidth > innerWidth"
+    assert not page.evaluate(sideways)
+    assert not faults
+    page.close()
+
+
+def test_with_the_keyboard_alone(browser, address):
+    page, faults = watched(browser, address)
+    where = "document.activeElement.textContent || document.activeElement.id"
+
+    def tab_to(text, most=200):
+        for _ in range(most):
+            if page.evaluate(where).strip().startswith(text):
+                return
+            page.keyboard.press("Tab")
+        raise AssertionError(f"Tab does not reach {text!r}")
+
+    tab_to("Load the model")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#play[data-state=done]", timeout=120_000)
+    tab_to("Three new words")
+    page.keyboard.press("Enter")
+    page.wait_for_function(DONE, timeout=60_000)
+    tab_to("play-prompt")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("<image>question: what is this? answer:")
+    tab_to("Write")
+    page.keyboard.press("Space")
+    page.wait_for_function(DONE, timeout=60_000)
+    assert page.locator(".play-answer").inner_text()
+    tab_to("play-gates")
+    page.keyboard.press("Home")
+    page.wait_for_function(DONE, timeout=60_000)
+    assert "plain language model" in page.inner_text(".play-gates")
+    unnamed = """() => [...document.querySelectorAll("#play button, #play input, #play select,"
+      + " #play textarea")].filter((e) => !(e.textContent.trim() || e.ariaLabel ||
+      (e.labels && e.labels.length))).length"""
+    assert page.evaluate(unnamed) == 0
+    assert not faults
+    page.close()
+
+
+def test_nothing_is_loaded_before_a_click(browser, address):
+    page, faults = watched(browser, address)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.reload()
+    assert not any("flamingo_weights" in url for url in asked)
+    assert not faults
+    page.close()

@@ -227,7 +227,7 @@ def javascript(model, image_processor, tokenizer, bits):
 
     def written(packed):
         width = bits if packed["kind"] == bits else 8
-        fields = [f'kind: {json.dumps(packed["kind"])}']
+        fields = [f"kind: {json.dumps(packed['kind'])}"]
         fields += [f"{name}: {packed[name]}" for name in ("rows", "width")]
         if "scales" in packed:
             fields.append(f"scales: {written(packed['scales'])}")
