@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Write the trained tiny Flamingo as one script, for the page that runs it in a browser.
+"""Write the trained tiny Flamingo as one script, for the page that runs it.
 
     python tools/export_play.py _build/html/_static/flamingo_weights.js
 
 It reads data/tiny_clip, data/tiny_opt, data/tiny_flamingo and a few drawings;
-book/_static/flamingo.js reads the result. What was trained in eight bits stays as it is.
-Other matrices become whole numbers times a scale for each row, of as many bits, at most 12,
-as leave the file under 16 MB.
+book/_static/flamingo.js reads the result. What was trained in eight bits stays as it
+is. Other matrices become whole numbers times a scale for each row, of as many bits, at
+most 12, as leave the file under 16 MB.
 """
 
 import argparse
@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MOST_BYTES = 16_000_000
 EMOJI = ROOT / "data" / "emoji"
-# Things with names, by the two studios that no model here was trained on, and by one that was.
+# Things with names, by the two studios that no model was trained on, and by one other.
 NAMED = ("flamingo", "fox", "owl", "lemon", "red_apple", "rocket", "guitar", "penguin")
 NAMED_STUDIOS = ("openmoji", "twemoji", "fluent")
 # Things that training never named, each by two hands: for made-up words.

@@ -61,8 +61,8 @@
       "A caption": [[["flamingo", "openmoji"]], IMAGE],
       "A question": [[["lemon", "twemoji"]], `${IMAGE}question: what is this? answer:`],
       "What kind?": [[["fox", "twemoji"], ["red apple", "twemoji"], ["rocket", "openmoji"]], `${IMAGE}animal${EOC}${IMAGE}food${EOC}${IMAGE}`],
-      "Two new words": [[["camel", "noto"], ["saxophone", "noto"], ["saxophone", "openmoji"]], `${IMAGE}a dax${EOC}${IMAGE}a wug${EOC}${IMAGE}`],
-      "Three new words": [[["scissors", "noto"], ["church", "noto"], ["cherries", "noto"], ["cherries", "openmoji"]], `${IMAGE}a bim${EOC}${IMAGE}a toma${EOC}${IMAGE}a kel${EOC}${IMAGE}`],
+      "Two new words": [[["camel", "noto"], ["saxophone", "noto"], ["saxophone", "openmoji"]], `${IMAGE}a guf${EOC}${IMAGE}a dab${EOC}${IMAGE}`],
+      "Three new words": [[["scissors", "noto"], ["church", "noto"], ["cherries", "noto"], ["cherries", "openmoji"]], `${IMAGE}a guf${EOC}${IMAGE}a dab${EOC}${IMAGE}a kubil${EOC}${IMAGE}`],
     };
     const examples = make("div", { className: "play-row", role: "group", ariaLabel: "Examples" });
     for (const [name, [wanted, text]] of Object.entries(EXAMPLES)) {
