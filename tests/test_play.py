@@ -441,9 +441,10 @@ def test_with_the_keyboard_alone(browser, address):
     page.keyboard.press("Home")
     page.wait_for_function(DONE, timeout=60_000)
     assert "plain language model" in page.inner_text(".play-gates")
-    unnamed = """() => [...document.querySelectorAll("#play button, #play input," +
-      "#play select, #play textarea")].filter((e) => !(e.textContent.trim() || e.ariaLabel ||
-      (e.labels && e.labels.length))).length"""
+    unnamed = """() => {
+      const all = document.querySelectorAll("#play :is(button, input, select, textarea)");
+      return [...all].filter((e) => !e.textContent.trim() && !e.ariaLabel &&
+        !(e.labels && e.labels.length)).length; }"""
     assert page.evaluate(unnamed) == 0
     assert not faults
     page.close()

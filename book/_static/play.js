@@ -256,7 +256,7 @@
       });
       chip.dataset.number = number;
       tokens.append(chip);
-      if (token.written) look(token);
+      if (token.written && token.text !== EOC) look(token);
     }
 
     // The picture a token may look at, and where, from dark to bright; the others fade.
