@@ -442,7 +442,8 @@ def test_with_the_keyboard_alone(browser, address):
     page.wait_for_function(DONE, timeout=60_000)
     assert "plain language model" in page.inner_text(".play-gates")
     unnamed = """() => {
-      const all = document.querySelectorAll("#play :is(button, input, select, textarea)");
+      const kinds = "#play :is(button, input, select, textarea)";
+      const all = document.querySelectorAll(kinds);
       return [...all].filter((e) => !e.textContent.trim() && !e.ariaLabel &&
         !(e.labels && e.labels.length)).length; }"""
     assert page.evaluate(unnamed) == 0

@@ -149,13 +149,13 @@
       for (let l = 0; l < lines; l++) for (let i = 0; i < from; i++) for (let c = 0; c < 3; c++) turned[(i * lines + l) * 3 + c] = data[(l * from + i) * 3 + c];
       return turned;
     }
-    const out = new Uint8Array(lines * to * 3), scale = from / to, support = Math.max(scale, 1);
+    const out = new Uint8Array(lines * to * 3), scale = from / to, support = Math.max(scale, 1), narrow = 1 / support;
     for (let o = 0; o < to; o++) {
       const centre = (o + 0.5) * scale, first = Math.max(0, Math.trunc(centre - support + 0.5));
       const n = Math.min(from, Math.trunc(centre + support + 0.5)) - first;
-      let shares = Array.from({ length: n }, (_, i) => Math.max(0, 1 - Math.abs((i + first - centre + 0.5) / support)));
-      const sum = shares.reduce((x, y) => x + y, 0);
-      shares = Int32Array.from(shares, (share) => Math.trunc(0.5 + (share / sum) * 2 ** 22));
+      let shares = Array.from({ length: n }, (_, i) => Math.max(0, 1 - Math.abs((i + first - centre + 0.5) * narrow)));
+      const whole = 1 / shares.reduce((x, y) => x + y, 0);
+      shares = Int32Array.from(shares, (share) => Math.trunc(0.5 + share * whole * 2 ** 22));
       for (let l = 0; l < lines; l++) {
         for (let c = 0; c < 3; c++) {
           let total = 2 ** 21;
