@@ -49,7 +49,7 @@
 
   // ---- The workshop ----
   async function open(drawings) {
-    let slots = [], chosen = 0, run = 0, last = []; // slots: {image, name} or null, one for each <image>
+    let slots = [], kept = [], chosen = 0, run = 0, last = []; // slots: {image, name} or null, one for each <image>
     const picture = (drawing) => drawing && { image: drawing.image, name: `${drawing.thing} by ${drawing.studio}` };
     await Promise.all(drawings.map(async (drawing) => {
       drawing.image = make("img", { src: drawing.src, alt: "", width: 48, height: 48 });
@@ -68,6 +68,7 @@
     for (const [name, [wanted, text]] of Object.entries(EXAMPLES)) {
       examples.append(button(name, () => {
         slots = wanted.map((which) => by(...which));
+        kept = [];
         prompt.value = text;
         chosen = slots.length - 1;
         write();
@@ -153,6 +154,7 @@
     });
     const shuffled = button("Shuffled", () => { slots.push(slots.shift()); write(); });
     const more = button("One more picture", () => {
+      kept = [];
       prompt.value += prompt.value ? `${EOC}${IMAGE}` : IMAGE;
       fit();
       chosen = slots.length - 1;
@@ -171,10 +173,10 @@
       make("p", {}, make("label", { htmlFor: "play-layer" }, "Choose a token to see where it looks, in "), layer), tokens,
     );
 
-    function fit() { // as many places as there are <image>
+    function fit() { // as many places as there are <image>; a picture stays while words are typed anew
+      slots.forEach((slot, place) => { kept[place] = slot; });
       const count = prompt.value.split(IMAGE).length - 1;
-      while (slots.length < count) slots.push(null);
-      slots.length = count;
+      slots = Array.from({ length: count }, (_, place) => kept[place] || null);
       chosen = Math.max(0, Math.min(chosen, count - 1));
     }
 
@@ -220,7 +222,10 @@
       const mine = ++run;
       fit();
       show();
-      if (slots.includes(null)) { status.textContent = `Picture ${slots.indexOf(null) + 1} is missing.`; return; }
+      if (slots.includes(null)) {
+        status.textContent = `Picture ${slots.indexOf(null) + 1} is missing: choose one.`;
+        return;
+      }
       status.textContent = "Looking …";
       answer.textContent = "";
       last = [];
