@@ -253,7 +253,9 @@ def test_tokenizer(plain, tiny):
         assert back == tiny[2].decode(want, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (300, 200), (37, 150), (20, 20), (640, 64)])
+@pytest.mark.parametrize(
+    "size", [(64, 64), (300, 200), (37, 150), (20, 20), (640, 64), (64, 99)]
+)
 def test_resizing_is_pillows(plain, tiny, size):
     """Pixels of any size, given as ImageData, become the very bytes of Pillow's."""
     rng = np.random.default_rng(sum(size))

@@ -141,14 +141,19 @@
     return { width, height, data: rgb };
   }
 
+  function turn(data, height, width) { // rows become columns
+    const turned = new Uint8Array(data.length);
+    for (let p = 0; p < height * width; p++) {
+      const to = ((p % width) * height + Math.floor(p / width)) * 3;
+      for (let c = 0; c < 3; c++) turned[to + c] = data[3 * p + c];
+    }
+    return turned;
+  }
+
   // One axis of Pillow's bilinear resize with antialias, in its own whole numbers: `lines` lines of
   // `from` pixels become lines of `to`, which are written across, so that twice is both axes.
   function resample(data, lines, from, to) {
-    if (from === to) { // Pillow copies; we turn the axes only
-      const turned = new Uint8Array(data.length);
-      for (let l = 0; l < lines; l++) for (let i = 0; i < from; i++) for (let c = 0; c < 3; c++) turned[(i * lines + l) * 3 + c] = data[(l * from + i) * 3 + c];
-      return turned;
-    }
+    if (from === to) return turn(data, lines, from); // Pillow copies
     const out = new Uint8Array(lines * to * 3), scale = from / to, support = Math.max(scale, 1), narrow = 1 / support;
     for (let o = 0; o < to; o++) {
       const centre = (o + 0.5) * scale, first = Math.max(0, Math.trunc(centre - support + 0.5));
@@ -169,7 +174,10 @@
 
   function image_processor(image) { // RGB, size x size, as bytes: squashed, as the CLIP was trained
     const { width, height, data } = rgb_on_white(image), size = config.vision.image_size;
-    return resample(resample(data, height, width, size), size, height, size);
+    const acrossFirst = (rgb, h, w) => resample(resample(rgb, h, w, size), size, h, size);
+    // Pillow 13 begins with the columns of a tall picture; the rule was found by trying.
+    if (height <= size || height <= 2 * width - size) return acrossFirst(data, height, width);
+    return turn(acrossFirst(turn(data, height, width), width, height), size, size);
   }
 
   function pixels_to_patches(rgb) { // (v, d_img), by the frozen ViT, without CLS
