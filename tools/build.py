@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from export_play import write_weights
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
 PARTS = ["_config.yml", "_toc.yml", "book", "data", "flamingo_lite", "tools"]
@@ -65,6 +67,8 @@ def main():
         sys.exit("the book was built, but it has no index.html")
     shutil.rmtree(BUILD / "html", ignore_errors=True)
     shutil.move(page.parent, BUILD / "html")
+    size, _ = write_weights(BUILD / "html" / "_static" / "flamingo_weights.js")
+    print(f"the weights for its page play.html: {size / 1e6:.1f} MB")
     seconds = time.perf_counter() - started
     page = (BUILD / "html" / "index.html").relative_to(ROOT)
     print(f"the book is at {page} ({seconds:.0f} s)")
