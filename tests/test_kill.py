@@ -275,7 +275,7 @@ def test_killed_at_random_moments(begin, tmp_path, undisturbed):
         process, pipe = begin(every=1)  # a checkpoint at every step
         if kills < 8:
             try:
-                for _ in range(moments.randint(0, 2)):
+                for _ in range(moments.randint(0, 3)):
                     pipe.recv()
                 time.sleep(moments.uniform(0, 0.03))
             except EOFError:  # it ended before
