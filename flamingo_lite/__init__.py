@@ -12,6 +12,7 @@ _NEEDS = [
     "tqdm",
     "pillow>=11",
     "safetensors>=0.5",
+    "huggingface_hub>=1",
     "tokenizers",
     "matplotlib",
 ]
