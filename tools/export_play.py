@@ -113,9 +113,13 @@ def settings(model, image_processor):
     from open_clip.transformer import LayerNorm
     from torch import nn
 
+    from flamingo_lite.vision import rgb_on_white
+
     visual, lm, perceiver = model.vision_encoder, model.lang_encoder, model.perceiver
     opt, block = lm.config, visual.transformer.resblocks[0]
-    resize, *_, normalize = image_processor.transforms
+    # Upright RGB on white comes first; then the tag's own steps.
+    steps = [step for step in image_processor.transforms if step is not rgb_on_white]
+    resize, *_, normalize = steps
     first = next(b for b in lm.gated_cross_attn_layers if b is not None)
     norms = {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)}
     demands = {
