@@ -21,6 +21,8 @@ _HOME = {
     "tower_settings": "vision",
     "rgb_on_white": "vision",
     "load_vision_encoder": "vision",
+    "choose_device": "vision",
+    "describe_device": "vision",
     "FeedForward": "perceiver",
     "PerceiverAttention": "perceiver",
     "PerceiverResampler": "perceiver",

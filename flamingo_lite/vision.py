@@ -342,3 +342,37 @@ def load_vision_encoder(name, pretrained=None, cache_dir=None):
         _check_grid(file, name, encoder.visual)
     image_processor.transforms.insert(0, rgb_on_white)
     return encoder, image_processor
+
+
+def choose_device():
+    """The device to compute on: CUDA, or else MPS, or else the CPU.
+
+    The environment variable FLAMINGO_LITE_DEVICE ("cpu", "cuda:1") goes before.
+
+    Raises:
+        ValueError: the variable names no device of this machine.
+    """
+    named = os.environ.get("FLAMINGO_LITE_DEVICE")
+    if not named:
+        kinds = (("cuda", torch.cuda), ("mps", torch.backends.mps))
+        return torch.device(next((k for k, way in kinds if way.is_available()), "cpu"))
+    try:
+        return torch.empty(0, device=named).device
+    except Exception as error:  # each kind of device has errors of its own
+        message = f"FLAMINGO_LITE_DEVICE={named!r} is no device of this machine"
+        raise ValueError(f"{message}: {error}") from error
+
+
+def describe_device(device):
+    """One line about a device and its memory: "cuda:0, Tesla T4, 15.6 GB"."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        name, memory = about.name, about.total_memory
+    elif device.type == "mps":
+        name, memory = "Apple GPU", torch.mps.recommended_max_memory()
+    else:
+        name, memory = f"{torch.get_num_threads()} threads", None
+        if hasattr(os, "sysconf"):  # not on Windows
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return ", ".join([str(device), name, *([f"{memory / 1e9:.1f} GB"] * bool(memory))])
