@@ -3,10 +3,16 @@
 `pretend_device` has tensors that say they are elsewhere and refuse to meet the CPU's.
 """
 
+import ast
 import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -550,3 +556,79 @@ def test_describe_device(monkeypatch):
     said = describe_device("cpu").split(", ")
     assert said[:2] == ["cpu", f"{torch.get_num_threads()} threads"]
     assert said[2].endswith(" GB") and float(said[2].split()[0]) > 0.5
+
+
+# The notebooks
+
+BOOK = Path(__file__).resolve().parents[1] / "book"
+COMPUTING = (
+    "01_clip_features 05_model 05b_loading 07_data 08_generation 08b_checkpoints "
+    "09_training 10_few_shot 11_looking_inside A_tiny_clip B_tiny_opt"
+).split()
+BUILDS = {"build_flamingo", "load_flamingo"}  # each gives a model on the CPU
+
+
+def cells_of(notebook):
+    """The code cells of a notebook that stay in it: [(number, source)]."""
+    cells = nbformat.read(BOOK / f"{notebook}.ipynb", as_version=4).cells
+    return [
+        (number, cell.source)
+        for number, cell in enumerate(cells)
+        if cell.cell_type == "code" and not cell.source.startswith("#| export")
+    ]
+
+
+def left_on_the_cpu(source):
+    """Names of models that a cell builds and does not move, in the order of lines."""
+    built, moved = [], set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            called, target = node.value.func, node.targets[0]
+            target = target.elts[0] if isinstance(target, ast.Tuple) else target
+            if isinstance(target, ast.Name) and getattr(called, "id", "") in BUILDS:
+                built.append(target.id)
+        is_move = isinstance(node, ast.Attribute) and node.attr == "to"
+        if is_move and isinstance(node.value, ast.Name):
+            moved.add(node.value.id)
+    return [name for name in built if name not in moved]
+
+
+@pytest.mark.parametrize("notebook", COMPUTING)
+def test_a_notebook_that_computes_uses_the_device_and_shows_it(notebook):
+    cells = nbformat.read(BOOK / f"{notebook}.ipynb", as_version=4).cells
+    shows = [c for c in cells if "print(describe_device(device))" in c.source]
+    assert len(shows) == 1 and "device = choose_device()" in shows[0].source
+    assert "nbval-check-output" not in shows[0].metadata.get("tags", [])
+    assert re.search(r"GPU: used (at the\nend, )?if there is one", cells[0].source)
+
+
+@pytest.mark.parametrize("notebook", COMPUTING)
+def test_a_notebook_leaves_no_model_on_the_cpu(notebook):
+    if notebook == "05b_loading":  # counts numbers of one, in an exercise
+        allowed = {"half"}
+    else:
+        allowed = set()
+    for number, source in cells_of(notebook):
+        left = set(left_on_the_cpu(source)) - allowed
+        assert not left, f"cell {number}: {left}"
+
+
+def test_a_model_that_is_left_is_found():
+    built = 'model, _, _ = build_flamingo("tiny")\nmodel(None)'
+    assert left_on_the_cpu(built) == ["model"]
+    assert left_on_the_cpu(f"{built}\nmodel = model.to(device)") == []
+    assert left_on_the_cpu('m = load_flamingo("tiny")[0].to(device)') == []
+
+
+@pytest.mark.parametrize(
+    "notebook", ["01_clip_features", "05b_loading", "08b_checkpoints"]
+)
+def test_a_notebook_runs_on_the_device(notebook):
+    """From top to bottom; a tensor that stayed on the CPU would stop it."""
+    script = [sys.executable, Path(__file__).with_name("pretend_device.py")]
+    done = subprocess.run(
+        [*script, BOOK / f"{notebook}.ipynb"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "meta, " in done.stdout  # the device, as the notebook shows it
+    assert len(done.stdout.splitlines()[-1].split()) > 3, done.stdout[-300:]
