@@ -11,7 +11,7 @@ is what the CPU computes.
         loss = model(None, **{k: t.to("meta") for k, t in batch.items()}).loss
     assert not READS  # Counter of (what was called, file and line in our package)
 
-A thread of its own leaves the `with`; `in_threads` takes it along.
+Threads that are started meanwhile have it, too.
 """
 
 import functools
@@ -307,6 +307,13 @@ class PretendDevice:
         for owner in (torch, torch.amp):
             new = lambda *kind, **kwargs: autocast(*as_cpu(kind), **as_cpu(kwargs))  # noqa: E731
             self._replace(owner, "autocast", new)
+        run = Thread.run
+
+        def run_with_device(thread):
+            with _Constructors(), _Operations():  # a thread begins without
+                run(thread)
+
+        self._replace(Thread, "run", run_with_device)
         self.modes = _Constructors(), _Operations()
         for mode in self.modes:
             mode.__enter__()
@@ -321,14 +328,6 @@ class PretendDevice:
             mode.__exit__(*error)
         for owner, name, old in reversed(self.undo):
             setattr(owner, name, old)
-
-
-class in_threads(Thread):  # noqa: N801 - stands where Thread stood
-    """A `Thread` whose work has such a device, too: put it in the place of Thread."""
-
-    def run(self):
-        with _Constructors(), _Operations():
-            super().run()
 
 
 def run_notebook(path):

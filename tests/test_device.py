@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pretend_device import DEVICE, READS, DeviceTensor, PretendDevice, in_threads
+from pretend_device import DEVICE, READS, DeviceTensor, PretendDevice
 from transformers import AutoModelForCausalLM
 
 import flamingo_lite
@@ -31,7 +31,6 @@ from flamingo_lite import (
     collate,
     describe_device,
     encode_pictures,
-    generation,
     learning_parameters,
     load_flamingo,
     make_optimizers,
@@ -76,13 +75,12 @@ def features(loaded):
 
 
 @pytest.fixture
-def both(loaded, monkeypatch):
+def both(loaded):
     """A function that calls another one on the CPU and on the device.
 
     It returns both results, those of the device brought to the CPU. What is called
     gets a copy of the model, the image processor, the tokenizer and the device.
     """
-    monkeypatch.setattr(generation, "Thread", in_threads)
     model, *rest = loaded
 
     def call(function):
