@@ -17,6 +17,10 @@ _NEEDS = [
     "matplotlib",
 ]
 _HOME = {
+    "cache_settings": "cache",
+    "cache_features": "cache",
+    "PixelSource": "cache",
+    "FeatureCache": "cache",
     "VisionEncoder": "vision",
     "tower_settings": "vision",
     "rgb_on_white": "vision",
