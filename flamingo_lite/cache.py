@@ -1,4 +1,5 @@
-# dev
+# Written by tools/sync.py from book/07c_feature_cache.ipynb.
+# Edit the notebook, not this file.
 """Features on disk: what the vision encoder made of each picture, in a folder.
 
     features/KEY/settings.json   which tower, processor and shape these are features of
@@ -136,8 +137,9 @@ class _Reading(Dataset):
         if isinstance(held, (str, os.PathLike)):
             path = os.path.abspath(held)
             if os.path.isfile(path):  # else as_picture says what is wrong
-                mark, content = _mark(path), Path(path).read_bytes()
-                mark = mark if mark == _mark(path) and _is_settled(mark) else None
+                mark = _mark(path)  # of before: a later change is seen by it
+                content = Path(path).read_bytes()
+                mark = mark if _is_settled(mark) else None
         if content is None:
             held = as_picture(item, where)
             digest = _digest(repr(held.size).encode(), held.tobytes())
