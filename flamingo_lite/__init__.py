@@ -150,6 +150,7 @@ _HOME = {
     "attention_maps": "plots",
     "show_maps": "plots",
     "occlusion": "plots",
+    "run_command": "cli",
 }
 __all__ = list(_HOME)
 
