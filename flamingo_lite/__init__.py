@@ -17,6 +17,7 @@ _NEEDS = [
     "matplotlib",
 ]
 _HOME = {
+    "TimmTower": "vision",
     "VisionEncoder": "vision",
     "tower_settings": "vision",
     "rgb_on_white": "vision",
