@@ -18,6 +18,7 @@ _NEEDS = [
     "matplotlib",
 ]
 _HOME = {
+    "TimmTower": "vision",
     "VisionEncoder": "vision",
     "tower_settings": "vision",
     "rgb_on_white": "vision",
@@ -161,6 +162,7 @@ _HOME = {
     "attention_maps": "plots",
     "show_maps": "plots",
     "occlusion": "plots",
+    "run_command": "cli",
 }
 __all__ = list(_HOME)
 

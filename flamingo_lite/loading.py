@@ -180,7 +180,7 @@ LM_SETTINGS = (
 def backbone_settings(module):
     """What a backbone computes with, beside its weights: plain values by name."""
     visual, config = getattr(module, "visual", module), getattr(module, "config", None)
-    if hasattr(visual, "attn_pool"):
+    if hasattr(visual, "image_size"):
         return tower_settings(visual)
     rope = getattr(config, "rope_parameters", None) or {}
     found = {name: getattr(config, name, None) for name in LM_SETTINGS}

@@ -24,11 +24,56 @@ from einops import rearrange
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
+from open_clip.model import _build_vision_tower
 from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.timm_model import TimmModel
 from PIL import Image, ImageOps
 from torch import nn
+from torch.func import functional_call
 
 _CONFIG = "open_clip_config.json"
+
+
+class TimmTower(nn.Module):
+    """A tower that open_clip takes from timm, made to return (pooled, tokens).
+
+    Args:
+        visual: a `TimmModel` of open_clip's; its weights keep their names.
+
+    Attributes:
+        image_size, grid_size: (H, W) of a picture, (rows, columns) of its tokens.
+        dim: d_img, the width of a token.
+    """
+
+    def __init__(self, visual):
+        super().__init__()
+        self.trunk, self.head = visual.trunk, visual.head
+        self.image_size = tuple(visual.image_size)
+        self.preprocess_cfg = getattr(visual, "preprocess_cfg", {})
+        tensors = [*self.eval().named_parameters(), *self.named_buffers()]
+        shapes = {name: tensor.to("meta") for name, tensor in tensors}  # no numbers
+        picture = torch.empty(1, 3, *self.image_size, device="meta")
+        _, grid = functional_call(self, shapes, (picture, False))
+        self.grid_size, self.dim = tuple(grid.shape[1:3]), grid.shape[3]
+
+    def forward(self, pixels, flat=True):
+        """Encode pixels, (B, 3, H, W).
+
+        Returns:
+            pooled, (B, d), and tokens, (B, v, d_img), row by row; with `flat` False,
+            tokens are (B, rows, columns, d_img).
+        """
+        features = self.trunk.forward_features(pixels)
+        pooled = self.head(self.trunk.forward_head(features))  # (B, d)
+        if features.ndim == 3:  # (B, prefix + v, d_img)
+            grid = features[:, self.trunk.num_prefix_tokens :]  # (B, v, d_img)
+            patch = self.trunk.feature_info[-1]["reduction"]
+            grid = grid.unflatten(1, [side // patch for side in self.image_size])
+        elif getattr(self.trunk, "output_fmt", "NCHW") == "NHWC":
+            grid = features  # (B, rows, columns, d_img)
+        else:
+            grid = rearrange(features, "B d row column -> B row column d")
+        return pooled, grid.flatten(1, 2) if flat else grid
 
 
 _NO_PATCHES = {
@@ -37,26 +82,33 @@ _NO_PATCHES = {
 }
 
 
-def _check_tower(name, kind, pool):
-    """Raise ValueError, naming a tower that does not give one token for each patch."""
-    if kind != "VisionTransformer":
-        reason = f"want a VisionTransformer of open_clip's, got {kind}"
-    elif pool in _NO_PATCHES:
-        reason = f"it pools by {pool!r}, so {_NO_PATCHES[pool]}"
-    else:
-        return
-    raise ValueError(f"{name} gives no patch tokens: {reason}")
+def _with_tokens(visual, name="this tower"):
+    """A tower that gives (pooled, tokens); ValueError if those are no patches."""
+    kind, reason = type(visual).__name__, None
+    if isinstance(visual, TimmModel):
+        try:
+            return TimmTower(visual)
+        except Exception as error:  # whatever another shape of features leads to
+            kind = type(visual.trunk).__name__
+            reason = f"the features of timm's {kind} are no grid: {error!r}"
+    elif isinstance(visual, open_clip.transformer.VisionTransformer):
+        attends = visual.attn_pool is not None
+        pool = "attentional_pool" if attends else visual.pool_type
+        if pool in _NO_PATCHES:
+            reason = f"it pools by {pool!r}, so {_NO_PATCHES[pool]}"
+    elif not isinstance(visual, TimmTower):
+        reason = f"want a vision transformer of open_clip's or timm's, got {kind}"
+    if reason:
+        raise ValueError(f"{name} gives no patch tokens: {reason}")
+    visual.output_tokens = True
+    return visual
 
 
-def _tower_of(vision_cfg):
-    """The kind of tower that open_clip builds from a configuration, and its pooling."""
-    pool = "attentional_pool" if vision_cfg.get("attentional_pool") else None
-    pool = pool or vision_cfg.get("pool_type", "tok")
-    if vision_cfg.get("timm_model_name"):
-        return f"TimmModel {vision_cfg['timm_model_name']!r}", pool
-    if isinstance(vision_cfg.get("layers"), list):
-        return "ModifiedResNet", pool
-    return "VisionTransformer", pool
+def _tower_without_weights(model_cfg):
+    """The tower that a configuration describes, as shapes alone: torch's "meta"."""
+    settings = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
+    with torch.device("meta"):
+        return _build_vision_tower(model_cfg.get("embed_dim", 512), settings)
 
 
 class VisionEncoder(nn.Module):
@@ -70,21 +122,14 @@ class VisionEncoder(nn.Module):
         dim: d_img, the width of a token.
 
     Raises:
-        ValueError: the tower is no vision transformer of open_clip's own, or its tokens
-            are no patches.
+        ValueError: its tokens, if it has any, are no patches.
     """
 
     def __init__(self, clip):
         super().__init__()
-        visual, kind, pool = clip.visual, type(clip.visual).__name__, None
-        if isinstance(visual, open_clip.transformer.VisionTransformer):
-            attends = visual.attn_pool is not None
-            kind = "VisionTransformer"
-            pool = "attentional_pool" if attends else visual.pool_type
-        _check_tower("this tower", kind, pool)
-        self.visual = visual
-        self.visual.output_tokens = True
-        self.dim = self.visual.conv1.out_channels
+        self.visual = _with_tokens(clip.visual)
+        is_timm = isinstance(self.visual, TimmTower)
+        self.dim = self.visual.dim if is_timm else self.visual.conv1.out_channels
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -115,16 +160,37 @@ class VisionEncoder(nn.Module):
         return rearrange(tokens, unfold, B=B, T_img=T_img, F=F)
 
 
-def tower_settings(visual):
-    """What a tower of open_clip's computes with, beside its weights: plain values."""
+def _timm_settings(visual):
+    """`tower_settings` of a `TimmTower`: of all its layers together."""
+    layers, trunk = list(visual.trunk.modules()), visual.trunk
+    return {
+        "trunk": type(trunk).__name__,
+        "activation": sorted({repr(m.act) for m in layers if hasattr(m, "act")}),
+        "heads": sorted({m.num_heads for m in layers if hasattr(m, "num_heads")}),
+        "epsilon": sorted({m.eps for m in layers if hasattr(m, "eps")}),
+        "prefix": getattr(trunk, "num_prefix_tokens", 0),
+        "grid_size": list(visual.grid_size),
+    }
+
+
+def _vit_settings(visual):
+    """`tower_settings` of a vision transformer of open_clip's own."""
     blocks = visual.transformer.resblocks
     return {
         "activation": sorted({repr(block.mlp.gelu) for block in blocks}),
         "heads": sorted({block.attn.num_heads for block in blocks}),
         "epsilon": visual.ln_post.eps,
-        "image_size": list(visual.image_size),
         "pool_type": visual.pool_type,
         "final_ln_after_pool": visual.final_ln_after_pool,
+    }
+
+
+def tower_settings(visual):
+    """What a tower computes with, beside its weights: plain values."""
+    is_timm = isinstance(visual, TimmTower)
+    return {
+        **(_timm_settings(visual) if is_timm else _vit_settings(visual)),
+        "image_size": list(visual.image_size),
         "picture": {
             key: getattr(visual, "preprocess_cfg", {}).get(key)
             for key in ("mean", "std", "interpolation", "resize_mode", "fill_color")
@@ -249,8 +315,8 @@ def _check_file(file, name, tag, config, seen, where):
 
 def _check_grid(file, name, visual):
     """Raise ValueError if a checkpoint file is for pictures of another size."""
-    if Path(file).suffix in (".npz", ".npy"):  # not in open_clip's own format
-        return
+    if Path(file).suffix in (".npz", ".npy") or isinstance(visual, TimmTower):
+        return  # not in open_clip's own format; or a table that is never stretched
     device = "cpu" if Path(file).suffix == ".safetensors" else "meta"
     saved = open_clip.factory.load_state_dict(file, device=device)
     wanted = visual.positional_embedding
@@ -321,9 +387,9 @@ def load_vision_encoder(name, pretrained=None, cache_dir=None):
         raise OSError(f"no checkpoint file {file}")
     with _explained(name, pretrained):
         config = _read_config(name, cache_dir)
-        tower = _tower_of(config["model_cfg"]["vision_cfg"])
+        tower = _tower_without_weights(config["model_cfg"])
         seen = _seen_of(file) if file else ({}, None)
-    _check_tower(name, *tower)
+    _with_tokens(tower, name)
     settings = _find_settings(config, name, tag)
     with _explained(name, pretrained):
         if tag or name.startswith("hf-hub:"):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import types
 
 import numpy as np
 import open_clip
@@ -16,13 +17,18 @@ from safetensors.torch import save_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from flamingo_lite import (
+    TimmTower,
     VisionEncoder,
     build_flamingo,
+    create_model_and_transforms,
+    encode_pictures,
     fingerprint,
     load_flamingo,
     load_vision_encoder,
     rgb_on_white,
     save_flamingo,
+    train,
+    vision,
 )
 from flamingo_lite.loading import DATA, difference
 
@@ -516,15 +522,25 @@ def test_a_tower_without_patch_tokens_is_refused(tmp_path, vision, reason):
         load_vision_encoder(f"local-dir:{tmp_path}")  # there are no weights to load
 
 
-PLAIN_VITS = re.compile(
-    r"((roberta|mt5|xlm-roberta|nllb-clip|coca)[-_].*)?ViT-([SMBLHge]|bigG)-\d+.*"
-    r"|nllb-clip-(base|large)|coca_base"
-)
+QUERIES = {"coca_ViT-B-32", "coca_ViT-L-14"}
+RESNETS = {name for name in open_clip.list_models() if name.startswith("RN")}
 
 
-@pytest.mark.parametrize("name", open_clip.list_models())
+def same_tower(name):
+    """What decides how a tower is built, so that each is built once."""
+    config = open_clip.get_model_config(name)
+    return json.dumps([config["vision_cfg"], config["embed_dim"]], sort_keys=True)
+
+
+TOWERS = {same_tower(name): name for name in open_clip.list_models()}
+
+
+@pytest.mark.parametrize("name", TOWERS.values())
 def test_every_model_of_open_clip_is_taken_or_refused(name, monkeypatch):
-    """By its name alone: nothing is built, and nothing fetched."""
+    """By its name alone: nothing is built with numbers, and nothing fetched.
+
+    A tower that is taken gives a grid of tokens: seen on a picture without numbers.
+    """
 
     class Built(Exception):
         pass
@@ -532,16 +548,194 @@ def test_every_model_of_open_clip_is_taken_or_refused(name, monkeypatch):
     def build(*args, **kwargs):
         raise Built
 
+    seen, look = [], vision._with_tokens
     monkeypatch.setattr(open_clip, "create_model_and_transforms", build)
-    queries = name in ("coca_ViT-B-32", "coca_ViT-L-14")
-    other = re.search("SigLIP|siglip", name) or not PLAIN_VITS.fullmatch(name)
+    monkeypatch.setattr(
+        vision, "_with_tokens", lambda *args: seen.append(look(*args)) or seen[0]
+    )
     with pytest.raises((OSError, ValueError)) as caught:
         load_vision_encoder(name, "openai")
-    if queries or other:
+    if name in QUERIES | RESNETS:
         assert caught.type is ValueError and name in str(caught.value)
-        assert ("learned queries" if queries else "want a Vision") in str(caught.value)
+        reason = "learned queries" if name in QUERIES else "got ModifiedResNet"
+        assert reason in str(caught.value)
+        return
+    assert isinstance(caught.value.__cause__, Built)
+    (visual,) = seen
+    v = visual.grid_size[0] * visual.grid_size[1]
+    if isinstance(visual, TimmTower):
+        assert visual.grid_size[0] == visual.grid_size[1] and v >= 16
+        assert all(tensor.is_meta for tensor in visual.state_dict().values())
     else:
-        assert isinstance(caught.value.__cause__, Built)
+        pixels = torch.empty(1, 3, *visual.image_size, device="meta")
+        assert visual(pixels)[1].shape == (1, v, visual.conv1.out_channels)
+
+
+def test_how_many_of_open_clips_models_are_taken():
+    """132 of the 144 of open_clip 3.3; all but CLIP's ResNets and two CoCas."""
+    names = set(open_clip.list_models())
+    assert names >= QUERIES and len(RESNETS) == 10
+    if open_clip.__version__ == "3.3.0":
+        assert (len(names), len(names - QUERIES - RESNETS)) == (144, 132)
+
+
+# ------------------------------------------------------------------- towers of timm's
+
+
+def timm_clip(name, size=160, **vision):
+    """A CLIP of open_clip's around a tower of timm's, with random weights."""
+    torch.manual_seed(0)
+    settings = {"timm_model_name": name, "timm_pool": "", "image_size": size, **vision}
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": settings,
+        "text_cfg": {"vocab_size": 8, "width": 32, "heads": 1, "layers": 1},
+    }
+    return config, open_clip.model.CustomTextCLIP(**config).eval()
+
+
+# Transformers, pooled as SigLIP is, with CLS, without; maps with channels first, last.
+SIGLIP = {"timm_pool": "map", "timm_proj": "none"}
+TIMM = {
+    "test_vit3": SIGLIP,
+    "test_vit": {"timm_pool": "token", "timm_proj": None},
+    "test_vit_relpos": {"timm_proj": "linear"},
+    "test_convnext": {"timm_proj": "linear"},
+    "test_mambaout": {"timm_pool": "avg", "timm_proj": "none"},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_the_tokens_are_those_of_forward_features(name):
+    """A slow twin: picture by picture, place by place, from timm's own features."""
+    clip = timm_clip(name, **TIMM[name])[1]
+    pixels = torch.randn(1, 2, 2, 3, 160, 160)  # (B, T_img, F, 3, H, W)
+    with torch.no_grad():
+        pooled = clip.visual(pixels[0, :, 0])  # (T_img, d)
+    encoder = VisionEncoder(clip)
+    tokens = encoder(pixels)  # (B, T_img, F, v, d_img)
+    rows, columns = encoder.visual.grid_size
+    assert tokens.shape == (1, 2, 2, rows * columns, encoder.dim)
+    assert torch.allclose(encoder.visual(pixels[0, :, 0])[0], pooled, atol=1e-5)
+    for t in range(2):
+        for f in range(2):
+            trunk = encoder.visual.trunk
+            with torch.no_grad():
+                (features,) = trunk.forward_features(pixels[0, t, f][None])
+            for number in range(rows * columns):
+                row, column = divmod(number, columns)
+                if features.ndim == 2:  # (prefix + v, d_img)
+                    own = features[len(features) - rows * columns + number]
+                elif features.shape[0] == encoder.dim:  # (d_img, rows, columns)
+                    own = features[:, row, column]
+                else:  # (rows, columns, d_img)
+                    own = features[row, column]
+                assert torch.allclose(tokens[0, t, f, number], own, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_vit3", "test_convnext"])
+def test_a_token_stands_where_its_patch_is(name):
+    """A change in one corner moves the tokens there most."""
+    encoder = VisionEncoder(timm_clip(name, **TIMM[name])[1])
+    rows, columns = encoder.visual.grid_size
+    before = torch.zeros(1, 1, 1, 3, 160, 160)  # (B, T_img, F, 3, H, W)
+    for corner, at in (
+        ((0, 0), 0),
+        ((0, 1), columns - 1),
+        ((1, 0), (rows - 1) * columns),
+    ):
+        after = before.clone()
+        top, left = (128 * side for side in corner)
+        after[..., top : top + 32, left : left + 32] = torch.randn(3, 32, 32)
+        moved = (encoder(after) - encoder(before)).norm(dim=-1)[0, 0, 0]  # (v,)
+        row, column = divmod(int(moved.argmax()), columns)
+        near = (row < rows / 2) is (corner[0] == 0)
+        assert near and (column < columns / 2) is (corner[1] == 0), (corner, at)
+
+
+@pytest.mark.parametrize(
+    "name, size, reason",
+    [
+        ("crossvit_tiny_240", 240, "CrossVit"),  # two lists of tokens
+        ("levit_128s", 224, "LevitDistilled"),  # does not say what stands in front
+        ("hiera_tiny_224", 224, "Hiera"),  # tokens in an order of its own
+        ("test_vit3", 96, "VisionTransformer"),  # a trunk for 160 pixels
+    ],
+)
+def test_features_that_are_no_grid_are_refused_before_the_download(
+    tmp_path, name, size, reason
+):
+    vision_cfg = {"timm_model_name": name, "image_size": size, "timm_proj": "linear"}
+    config = {"model_cfg": {"embed_dim": 32, "vision_cfg": vision_cfg}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"no patch tokens: .*timm's {reason}"):
+        load_vision_encoder(f"local-dir:{tmp_path}")  # there are no weights to load
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    """A small CLIP like SigLIP, as a folder: "local-dir:…"."""
+    folder = tmp_path_factory.mktemp("siglip")
+    config, clip = timm_clip("test_vit3", **SIGLIP)
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
+    saved = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": half}
+    (folder / "open_clip_config.json").write_text(json.dumps(saved))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def test_a_flamingo_with_a_timm_tower_is_built_saved_and_loaded(
+    siglip, backbones, tmp_path
+):
+    parts = siglip, None, backbones["opt"], backbones["opt"]
+    model, image_processor, tokenizer = create_model_and_transforms(*parts, **SMALL)
+    assert model.vis_dim == 96 and not model.vision_encoder.training
+    assert image_processor.transforms[-1].mean == (0.5, 0.5, 0.5)
+    picture = Image.effect_noise((50, 40), 90).convert("RGB")
+    pixels = image_processor(picture)[None, None, None]  # (B, T_img, F, 3, H, W)
+    features = encode_pictures(model.vision_encoder, image_processor, [picture] * 3)
+    assert features.shape == (3, 1, 100, 96)
+    encoder, _ = load_vision_encoder(siglip)
+    assert torch.allclose(encoder(pixels)[0], features[:1].float(), atol=1e-2)
+    train(model, tokenizer, features, ["a b", "c", "d"], 2, 3, report=str)
+    save_flamingo(model, tmp_path / "mine")
+    again, _, _ = load_flamingo(tmp_path / "mine")
+    ids = tokenizer("<image>a", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(pixels, ids).logits, again(pixels, ids).logits)
+        other = model(vision_x=None, lang_x=ids, vision_features=encoder(pixels)).logits
+    assert torch.allclose(other, again(pixels, ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["activation", "heads", "epsilon", "picture"])
+def test_a_timm_towers_fingerprint_differs_where_the_computation_does(what):
+    def build(change=False):
+        visual = timm_clip("test_vit3", **SIGLIP)[1].visual
+        visual.preprocess_cfg = {"mean": (0.5,) * 3}
+        block = visual.trunk.blocks[0]
+        if change and what == "activation":
+            block.mlp.act = torch.nn.ReLU()
+        if change and what == "heads":
+            block.attn.num_heads, block.attn.head_dim = 6, 16  # they were 3, 32
+        if change and what == "epsilon":
+            block.norm1.eps *= 10
+        if change and what == "picture":
+            visual.preprocess_cfg = {"mean": MEAN}
+        return VisionEncoder(types.SimpleNamespace(visual=visual))
+
+    assert fingerprint(build()) == fingerprint(build())
+    assert fingerprint(build()) == fingerprint(copy.deepcopy(build()))
+    said = difference(fingerprint(build()), fingerprint(build(change=True)))
+    assert said == "the weights are the same, the settings are not"
+
+
+def test_a_timm_tower_is_frozen_and_stays_in_eval_mode():
+    """ConvNeXt has drop path, which would make tokens random in a training loop."""
+    vision = {"timm_proj": "linear", "timm_drop_path": 0.5}
+    encoder = VisionEncoder(timm_clip("test_convnext", **vision)[1]).train()
+    pixels = torch.randn(1, 1, 1, 3, 160, 160)  # (B, T_img, F, 3, H, W)
+    assert torch.equal(encoder(pixels), encoder(pixels))
+    assert not any(p.requires_grad for p in encoder.parameters())
 
 
 def test_tokens_are_counted_against_the_grid():

@@ -136,3 +136,26 @@ def test_the_installed_wheel_captions_a_picture(wheel, tmp_path):
     assert (
         "give their folder in a clone of the book" in smol and "smol_flamingo" in smol
     )
+
+
+def test_the_installed_wheel_has_a_program(wheel, tmp_path):
+    """`flamingo-lite`, as pip writes it, and `python -m flamingo_lite`."""
+    target = tmp_path / "installed"
+    pip("install", "-q", "--no-deps", "--no-index", "--target", target, wheel)
+    picture = ROOT / "data" / "emoji" / "noto" / "lemon.webp"
+    programs = [target / "bin" / "flamingo-lite"], ["-m", "flamingo_lite"]
+    for program, words in zip(
+        programs, (["--help"], ["caption", picture]), strict=True
+    ):
+        done = subprocess.run(
+            [sys.executable, *program, *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(target)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert {"--help": "usage:"}.get(
+            words[0], f"{picture}: a lemon\n"
+        ) in done.stdout

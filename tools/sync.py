@@ -70,6 +70,16 @@ def __dir__():
     """All there is, also what was not asked for yet: for `dir` and the tab key."""
     return sorted({{*globals(), *__all__, *_HOME.values()}})
 '''
+MAIN = '''\
+"""`python -m flamingo_lite` is the command line of cli.py. Written by tools/sync.py."""
+
+import sys
+
+from flamingo_lite.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command())
+'''
 
 
 def public_names(tree):
@@ -141,6 +151,8 @@ def main():
         needs="".join(f'    "{need}",\n' for need in project["dependencies"]),
         names="".join(f'    "{name}": "{module}",\n' for name, module in home.items()),
     )
+    if "run_command" in home:
+        wanted[ROOT / "flamingo_lite" / "__main__.py"] = MAIN
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     for path in sorted((ROOT / "flamingo_lite").glob("*.py")):
         if path not in wanted:

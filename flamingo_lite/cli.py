@@ -1,0 +1,307 @@
+# Written by tools/sync.py from book/C_command_line.ipynb.
+# Edit the notebook, not this file.
+"""The command line: train, caption, score and info.
+
+    python -m flamingo_lite train --images FOLDER --out FOLDER
+    python -m flamingo_lite caption PICTURE …
+
+Results go to stdout, everything else to stderr. Libraries are imported when a command
+needs them, so that --help answers at once.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import flamingo_lite
+
+_NAME = "python -m flamingo_lite"
+_CHECKPOINT = "last.pt"  # in the folder that `train` writes
+
+
+def _say(line):
+    """Tell the person something that is no result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _add_train(add):
+    """The options of `train`."""
+    of = "(default: %(default)s)"
+    add("--images", required=True, metavar="FOLDER", help="what it learns from")
+    add("--out", required=True, metavar="FOLDER", help="where the model is written")
+    add("--size", choices=("tiny", "smol", "paper"), default="tiny", help=of)
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--steps", type=int, default=1000, help=of)
+    add("--batch-size", type=int, default=64, help=f"pictures in a step {of}")
+    add("--lr", type=float, default=1e-3, help=f"learning rate {of}")
+    add("--seed", type=int, default=0, help=of)
+    add("--precision", choices=("float32", "bfloat16", "float16"))
+    add("--validation", metavar="FOLDER", help="pictures that it is tested on")
+    add("--report-every", type=int, default=50, help=f"steps to a checkpoint {of}")
+    _add_shared(add, "--skip-broken")
+
+
+def _add_caption(add):
+    """The options of `caption`."""
+    add("pictures", nargs="+", metavar="PICTURE")
+    add("--prompt", default="<image>", help="what goes before the text")
+    _add_shared(add, "--model", "--json")
+
+
+def _add_score(add):
+    """The options of `score`."""
+    add("--images", required=True, metavar="FOLDER", help="with their true captions")
+    _add_shared(add, "--model", "--json", "--skip-broken")
+
+
+def _add_info(add):
+    """The options of `info`."""
+    _add_shared(add, "--model")
+
+
+def _add_shared(add, *names):
+    """Options of several commands, those with these names, and the device."""
+    if "--model" in names:
+        add("--model", metavar="FOLDER", help="what `train` wrote (default: tiny)")
+    if "--json" in names:
+        add("--json", action="store_true", help="print JSON")
+    if "--skip-broken" in names:
+        add("--skip-broken", action="store_true", help="leave out broken rows")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+
+
+def _device(named):
+    """The device that was named, or the best one."""
+    import torch
+
+    if named is None:
+        return flamingo_lite.choose_device()
+    try:
+        return torch.empty(0, device=named).device
+    except Exception as error:  # each kind of device has errors of its own
+        problem = f"--device {named} is no device of this machine: {error}"
+        raise ValueError(problem) from error
+
+
+def _load(options):
+    """A trained model on its device: Flamingo, image processor, tokenizer."""
+    model, image_processor, tokenizer = flamingo_lite.load_flamingo(
+        options.model or "tiny"
+    )
+    return model.to(_device(options.device)), image_processor, tokenizer
+
+
+def _captions(folder, options):
+    """The rows of a caption folder, and the text or texts of each."""
+    rows = flamingo_lite.load_captions(folder, skip_broken=options.skip_broken)
+    return rows, [row["text"] for row in rows]
+
+
+def _features(model, image_processor, rows):
+    """What the vision encoder makes of the pictures: (pictures, F, v, d_img)."""
+    return flamingo_lite.encode_pictures(
+        model.vision_encoder, image_processor, rows, progress=True
+    )
+
+
+def _check_out(out, resume):
+    """Raise an error for a folder that a new run must not write to."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {out} is a file: name a folder")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(
+            f"--out {out} holds something: add --resume to go on with the run there, "
+            "or name another folder"
+        )
+
+
+def _train(options):
+    """Train a new model, or go on with one, and save it."""
+    import torch
+
+    out = Path(options.out)
+    _check_out(out, options.resume)
+    rows, texts = _captions(options.images, options)
+    held_out = options.validation and _captions(options.validation, options)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    model, image_processor, tokenizer = flamingo_lite.build_flamingo(options.size)
+    flamingo_lite.check_texts(texts, tokenizer)
+    device = _device(options.device)
+    _say(
+        f"{options.size}, {len(rows)} pictures, {flamingo_lite.describe_device(device)}"
+    )
+    model.to(device)
+    more = {"precision": options.precision} if options.precision else {}
+    if held_out:
+        features = _features(model, image_processor, held_out[0])
+        more["validation"] = features, held_out[1]
+    history = flamingo_lite.train(
+        model,
+        tokenizer,
+        _features(model, image_processor, rows),
+        texts,
+        n_steps=options.steps,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        seed=options.seed,
+        checkpoint=out / _CHECKPOINT,
+        report_every=options.report_every,
+        report=_say,
+        **more,
+    )
+    flamingo_lite.save_flamingo(model, out)
+    last = [note["loss"] for note in history[-50:]]
+    loss = f", loss {sum(last) / len(last):.3f}" if last else ""
+    print(f"{out}: {len(history)} steps{loss}")
+
+
+def _caption(options):
+    """Print a text for each picture."""
+    built = _load(options)
+    texts = flamingo_lite.caption(*built, options.pictures, options.prompt)
+    pairs = list(zip(options.pictures, texts, strict=True))
+    if options.json:
+        written = [{"picture": picture, "text": text} for picture, text in pairs]
+        print(json.dumps(written, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(f"{picture}: {text}" for picture, text in pairs))
+
+
+def _of_others(texts, seed=0):
+    """The same texts, each at the place of another one, drawn by lot."""
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(len(texts)).tolist()
+    others = list(texts)
+    for place, other in zip(order, order[1:] + order[:1], strict=True):
+        others[place] = texts[other]
+    return others
+
+
+def _score(options):
+    """Print how well a model captions pictures, and whether it looks at them."""
+    rows, texts = _captions(options.images, options)
+    model, image_processor, tokenizer = _load(options)
+    flamingo_lite.check_texts(texts, tokenizer)
+    features, written = _features(model, image_processor, rows), []
+    for start in range(0, len(rows), 100):
+        some = features[list(range(start, min(start + 100, len(rows))))]
+        written += flamingo_lite.caption(model, image_processor, tokenizer, some)
+    truths = [[text] if isinstance(text, str) else text for text in texts]
+    pairs = list(zip(written, truths, strict=True))
+    scores = {
+        "pictures": len(rows),
+        "CIDEr-D": 100 * float(flamingo_lite.cider_d(written, truths).mean()),
+        "exact": sum(text in own for text, own in pairs) / len(pairs),
+    }
+    for name, beside in (("true", texts), ("shuffled", _of_others(texts))):
+        losses = flamingo_lite.caption_losses(model, tokenizer, features, beside)
+        scores[f"loss, {name}"] = float(losses.mean())
+    if options.json:
+        print(json.dumps(scores, indent=2))
+    else:
+        lines = [f"{n:15s} {round(number, 3)}" for n, number in scores.items()]
+        print("\n".join(lines))
+
+
+def _parts(model):
+    """How many numbers each part of a model has: pairs of a name and a count."""
+    blocks = model.lang_encoder.gated_cross_attn_layers
+    parts = {
+        "vision encoder": model.vision_encoder,
+        "Perceiver": model.perceiver,
+        "gated blocks": blocks,
+        "all": model,
+    }
+    for name, part in parts.items():
+        yield name, sum(p.numel() for p in part.parameters())
+    yield (
+        "trained",
+        sum(t.numel() for t in flamingo_lite.trained_tensors(model).values()),
+    )
+
+
+def _info(options):
+    """Print versions, the device, where files are kept, and a model's size."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    parts = dict(_parts(_load(options)[0])) if options.model else {}
+    own = Path(os.environ.get("FLAMINGO_LITE_CACHE", "~/.cache/flamingo_lite"))
+    facts = {"flamingo_lite": flamingo_lite.__version__}
+    facts["Python"] = platform.python_version()
+    for library in ("torch", "transformers", "open_clip_torch", "timm", "pillow"):
+        facts[library] = version(library)
+    facts["device"] = flamingo_lite.describe_device(_device(options.device))
+    facts["downloads in"] = HF_HUB_CACHE
+    facts["made files in"] = own.expanduser()
+    facts |= {name: f"{count:,} numbers" for name, count in parts.items()}
+    for name, value in facts.items():
+        print(f"{name:15s} {value}")
+
+
+def _parser():
+    """All commands and their options."""
+    about = "A small Flamingo: pictures in, a line of text out."
+    parser = argparse.ArgumentParser(prog=_NAME, description=about)
+    told = {
+        "train": ("learn from a folder of pictures with captions", _add_train, _train),
+        "caption": ("write a text for each picture", _add_caption, _caption),
+        "score": ("measure a model on a folder of pictures", _add_score, _score),
+        "info": ("versions, device, folders, a model's size", _add_info, _info),
+    }
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (about, add_options, run) in told.items():
+        command = commands.add_parser(name, help=about, description=about)
+        add_options(command.add_argument)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _stopped(words, options):
+    """What to say after Ctrl-C: of a training, how to go on."""
+    if options.run is not _train:
+        return "stopped"
+    again = [*words, *["--resume"] * (not options.resume)]
+    there = (Path(options.out) / _CHECKPOINT).is_file()
+    what = "the last checkpoint" if there else "the start, nothing was learned yet"
+    return f"stopped. Go on from {what}:\n{_NAME} {shlex.join(again)}"
+
+
+def run_command(words=None):
+    """Do what a command line asks for.
+
+    Args:
+        words: list of strings, as they stand after `python -m flamingo_lite`; None,
+            those that the program was started with.
+
+    Returns:
+        exit code: 0; 2 after a person's mistake, with one line about it; 130 after
+        Ctrl-C. The environment variable FLAMINGO_LITE_DEBUG=1 lets errors through.
+    """
+    words = sys.argv[1:] if words is None else list(map(str, words))
+    try:
+        options = _parser().parse_args(words)
+    except SystemExit as error:  # of --help, or a wrong option
+        return error.code
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        _say(_stopped(words, options))
+        return 130
+    except (OSError, TypeError, ValueError) as error:
+        if os.environ.get("FLAMINGO_LITE_DEBUG") == "1":
+            raise
+        _say("error: " + " ".join(str(error).split()))
+        return 2
+    except RuntimeError as error:
+        if "out of memory" not in str(error) or "FLAMINGO_LITE_DEBUG" in os.environ:
+            raise
+        _say("error: the device has too little memory: try a smaller --batch-size")
+        return 2
+    return 0

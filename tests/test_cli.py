@@ -1,0 +1,407 @@
+"""The command line: results, exit codes, mistakes in one line, and Ctrl-C."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+import flamingo_lite
+from flamingo_lite import cli, run_command, training
+
+COLOURS = ["red", "green", "blue", "black", "white", "orange"]
+STEPS = ["--steps", 5, "--batch-size", 3]
+
+
+def write_folder(folder, colours=COLOURS):
+    """A caption folder: a square for each colour."""
+    folder.mkdir()
+    lines = [{"file_name": f"{c}.png", "text": f"a {c} square"} for c in colours]
+    for colour in colours:
+        Image.new("RGB", (40, 30), colour).save(folder / f"{colour}.png")
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("cli") / "images")
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """The folder of a run that was never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert run_command(["train", "--images", images, "--out", out, *STEPS]) == 0
+    return out
+
+
+@pytest.fixture
+def command(capsys):
+    """A function that runs a command: (exit code, stdout, stderr)."""
+
+    def command(*words):
+        capsys.readouterr()
+        code = run_command(words)
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def weights(folder):
+    return load_file(folder / "flamingo.safetensors")
+
+
+def assert_same_weights(folder, other):
+    one, two = weights(folder), weights(other)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+# ------------------------------------------------------------------------- the commands
+
+
+def test_train_writes_a_folder_that_load_flamingo_reads(command, images, tmp_path):
+    out = tmp_path / "new" / "run"
+    code, result, told = command("train", "--images", images, "--out", out, *STEPS)
+    assert code == 0
+    assert re.fullmatch(rf"{out}: 5 steps, loss \d+\.\d+\n", result)
+    assert "6 pictures, cpu" in told and "step     5 of 5" in told
+    model = flamingo_lite.load_flamingo(out)[0]
+    torch.manual_seed(0)
+    new = flamingo_lite.trained_tensors(flamingo_lite.build_flamingo("tiny")[0])
+    trained = flamingo_lite.trained_tensors(model)
+    assert not all(torch.equal(new[name], trained[name]) for name in new)
+
+
+def test_train_does_what_train_does(images, trained, tmp_path):
+    """The same numbers as the functions of the chapters, called by hand."""
+    torch.manual_seed(0)
+    model, image_processor, tokenizer = flamingo_lite.build_flamingo("tiny")
+    rows = flamingo_lite.load_captions(images)
+    features = flamingo_lite.encode_pictures(
+        model.vision_encoder, image_processor, rows
+    )
+    texts = [row["text"] for row in rows]
+    flamingo_lite.train(model, tokenizer, features, texts, 5, 3, report=str)
+    flamingo_lite.save_flamingo(model, tmp_path / "by hand")
+    assert_same_weights(tmp_path / "by hand", trained)
+
+
+def test_a_seed_and_a_rate_reach_the_run(images, tmp_path, monkeypatch):
+    asked = []
+
+    def note(*args, **kwargs):
+        asked.append(kwargs)
+        return []
+
+    monkeypatch.setattr(flamingo_lite.training, "train", note)
+    words = ["train", "--images", images, "--out", tmp_path / "out", *STEPS]
+    assert run_command([*words, "--seed", 7, "--lr", "1e-4"]) == 0
+    assert (asked[0]["seed"], asked[0]["lr"]) == (7, 1e-4)
+
+
+def test_caption_prints_a_line_for_each_picture(command):
+    pictures = [ROOT / f"data/emoji/noto/{name}.webp" for name in ("lemon", "bear")]
+    code, result, _ = command("caption", *pictures)
+    assert code == 0
+    assert result == f"{pictures[0]}: a lemon\n{pictures[1]}: a bear\n"
+    code, result, _ = command("caption", *pictures, "--json", "--model", "tiny")
+    texts = ["a lemon", "a bear"]
+    assert json.loads(result) == [
+        {"picture": str(picture), "text": text}
+        for picture, text in zip(pictures, texts, strict=True)
+    ]
+
+
+def test_caption_goes_on_from_a_prompt(command):
+    picture = ROOT / "data/emoji/noto/lemon.webp"
+    assert command("caption", picture, "--prompt", "<image>a")[1].endswith(": lemon\n")
+
+
+def test_score_says_what_the_functions_say(command, tmp_path):
+    """Of the trained model on drawings it knows, two of which are named wrongly."""
+    names, folder = ["lemon", "bear", "tractor", "camera", "cow", "bus"], tmp_path / "f"
+    folder.mkdir()
+    texts = ["a lemon", ["a hat", "a bear"], "a tractor", "a camera", "a hat", "a tent"]
+    lines = []
+    for name, text in zip(names, texts, strict=True):
+        shutil.copy(ROOT / f"data/emoji/noto/{name}.webp", folder)
+        lines.append(json.dumps({"file_name": f"{name}.webp", "text": text}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    code, result, _ = command("score", "--images", folder, "--json")
+    scores = json.loads(result)
+    assert code == 0 and scores["pictures"] == 6
+    model, image_processor, tokenizer = built = flamingo_lite.load_flamingo("tiny")
+    pictures = [folder / f"{name}.webp" for name in names]
+    written = flamingo_lite.caption(*built, pictures)
+    truths = [[text] if isinstance(text, str) else text for text in texts]
+    assert scores["exact"] == pytest.approx(4 / 6)
+    mean = float(flamingo_lite.cider_d(written, truths).mean())
+    assert scores["CIDEr-D"] == pytest.approx(100 * mean)
+    features = flamingo_lite.encode_pictures(
+        model.vision_encoder, image_processor, pictures
+    )
+    losses = flamingo_lite.caption_losses(model, tokenizer, features, texts)
+    assert scores["loss, true"] == pytest.approx(float(losses.mean()))
+    assert scores["loss, shuffled"] > scores["loss, true"] + 0.5
+    code, result, _ = command("score", "--images", folder)
+    assert code == 0
+    shown = dict(re.findall(r"(.+?)\s+([\d.]+)\n", result))
+    assert {name: float(number) for name, number in shown.items()} == {
+        name: round(number, 3) for name, number in scores.items()
+    }
+
+
+@pytest.mark.parametrize("n", [2, 3, 50])
+def test_no_text_stays_where_it_was(n):
+    texts = [f"text {i}" for i in range(n)]
+    others = cli._of_others(texts)
+    assert sorted(others) == sorted(texts)
+    assert all(own != other for own, other in zip(texts, others, strict=True))
+
+
+def test_info_names_versions_device_and_sizes(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLAMINGO_LITE_CACHE", str(tmp_path / "made"))
+    code, result, _ = command("info", "--model", "tiny")
+    facts = {line[:15].strip(): line[16:] for line in result.splitlines()}
+    assert code == 0
+    assert facts["torch"] == torch.__version__.partition("+")[0]
+    assert facts["flamingo_lite"] == flamingo_lite.__version__
+    assert facts["device"].startswith("cpu") and facts["device"].endswith("GB")
+    assert facts["made files in"] == str(tmp_path / "made")
+    model = flamingo_lite.load_flamingo("tiny")[0]
+    n_all = sum(p.numel() for p in model.parameters())
+    tensors = flamingo_lite.trained_tensors(model).values()
+    assert facts["all"] == f"{n_all:,} numbers"
+    assert facts["trained"] == f"{sum(t.numel() for t in tensors):,} numbers"
+
+
+# -------------------------------------------------------------------------- the program
+
+
+def program(*words, **options):
+    """The command line as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "flamingo_lite", *map(str, words)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_help_answers_without_the_libraries():
+    """torch and the others take seconds to import; `--help` needs none of them."""
+    code = "import sys, flamingo_lite.cli as cli; cli.run_command(['train', '--help'])"
+    code += "; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--resume" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["", "train", "caption", "score", "info"])
+def test_every_command_has_a_help(command, name):
+    code, result, told = command(*[name][: bool(name)], "--help")
+    assert code == 0 and told == ""
+    assert "usage: python -m flamingo_lite" in result
+    assert {"": "caption"}.get(name, "--device") in result
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no SIGINT for one process here")
+def test_ctrl_c_says_how_to_go_on_and_that_ends_as_a_whole_run(images, tmp_path):
+    """A real signal to a real process; then the very line that it printed."""
+    few = ["--steps", 12, "--batch-size", 3, "--report-every", 2]
+    run, whole = tmp_path / "my run", tmp_path / "whole"
+    assert run_command(["train", "--images", images, "--out", whole, *few]) == 0
+    process = program("train", "--images", images, "--out", run, *few)
+    told = ""
+    for line in process.stderr:
+        told += line
+        if "step     4" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    result, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, told + rest
+    assert result == "" and "Traceback" not in rest
+    assert not (run / "flamingo.safetensors").exists()
+    stopped, line = rest.strip().splitlines()[-2:]
+    assert stopped.startswith("stopped. Go on from the last checkpoint")
+    go_on = subprocess.run(
+        ["sh", "-c", line.replace("python", sys.executable, 1)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert go_on.returncode == 0, go_on.stderr
+    assert "going on from step" in go_on.stderr
+    assert_same_weights(run, whole)
+
+
+def test_ctrl_c_before_the_first_step(command, images, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "make_optimizers", stop)
+    words = ["train", "--images", images, "--out", tmp_path / "run", *STEPS]
+    code, result, told = command(*words)
+    assert (code, result) == (130, "")
+    assert "from the start, nothing was learned yet" in told
+    assert told.rstrip().endswith("--batch-size 3 --resume")
+    monkeypatch.undo()
+    assert command(*words, "--resume")[0] == 0
+
+
+def test_ctrl_c_in_another_command(command, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", stop)
+    assert command("caption", "a.png") == (130, "", "stopped\n")
+
+
+# ----------------------------------------------------------------------------- mistakes
+
+
+def mistakes(images, folder):
+    """What a person may type, and what the one line must name."""
+    empty, broken = folder / "empty", write_folder(folder / "broken")
+    empty.mkdir()
+    (broken / "red.png").write_bytes((broken / "red.png").read_bytes()[:60])
+    (folder / "a file").write_text("")
+    full = write_folder(folder / "full")
+    new, picture = folder / "new", images / "red.png"
+    train = ["train", "--images", images, "--out", new]
+    return {
+        "no such folder": (["train", "--images", "nowhere", "--out", new], "nowhere"),
+        "no captions": (["train", "--images", empty, "--out", new], "metadata.jsonl"),
+        "out holds something": (
+            ["train", "--images", images, "--out", full],
+            "holds something: add --resume",
+        ),
+        "out is a file": (
+            ["train", "--images", images, "--out", folder / "a file"],
+            "is a file",
+        ),
+        "no such device": ([*train, "--device", "abacus"], "--device abacus"),
+        "no such number": ([*train, "--batch-size", 0], "batch_size"),
+        "a broken picture": (["train", "--images", broken, "--out", new], "red.png"),
+        "no such validation": ([*train, "--validation", "nowhere"], "nowhere"),
+        "caption: no picture": (["caption", folder / "no.png"], "no.png"),
+        "caption: a text": (["caption", full / "metadata.jsonl"], "metadata.jsonl"),
+        "caption: no model": (["caption", picture, "--model", empty], "empty"),
+        "caption: no <image>": (["caption", picture, "--prompt", "a"], "<image>"),
+        "score: no folder": (["score", "--images", "nowhere"], "nowhere"),
+        "info: no model": (["info", "--model", "nowhere"], "nowhere"),
+    }
+
+
+MISTAKES = (
+    "no such folder,no captions,out holds something,out is a file,no such device,"
+    "no such number,a broken picture,no such validation,caption: no picture,"
+    "caption: a text,caption: no model,caption: no <image>,score: no folder,"
+    "info: no model"
+).split(",")
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_is_one_line(command, images, tmp_path, kind):
+    words, named = mistakes(images, tmp_path)[kind]
+    code, result, told = command(*words)
+    assert (code, result) == (2, "")
+    line = told.strip().splitlines()[-1]
+    assert line.startswith("error: ") and named in line, told
+    assert "Traceback" not in told
+    assert not (tmp_path / "new" / "flamingo.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["dance"],
+        ["train", "--images", "a"],
+        ["train", "--images", "a", "--out", "b", "--size", "huge"],
+        ["train", "--images", "a", "--out", "b", "--steps", "many"],
+        ["caption"],
+        ["score", "--images", "a", "--precise"],
+    ],
+)
+def test_a_wrong_option_is_refused_with_the_usage(command, words):
+    code, result, told = command(*words)
+    assert (code, result) == (2, "")
+    assert told.startswith("usage: python -m flamingo_lite") and "error:" in told
+
+
+def test_a_text_that_is_too_long_is_found_before_a_picture_is_encoded(
+    command, tmp_path, monkeypatch
+):
+    folder = write_folder(tmp_path / "images")
+    line = json.dumps({"file_name": "red.png", "text": "very " * 500 + "long"})
+    (folder / "metadata.jsonl").write_text(line)
+    monkeypatch.setattr(cli, "_features", lambda *args: pytest.fail("encoded"))
+    code, _, told = command("train", "--images", folder, "--out", tmp_path / "out")
+    assert code == 2 and "tokens, but the model reads" in told
+
+
+def test_broken_rows_can_be_left_out(command, tmp_path):
+    folder = write_folder(tmp_path / "images")
+    (folder / "red.png").write_bytes(b"no picture")
+    words = ["train", "--images", folder, "--out", tmp_path / "out", *STEPS]
+    with pytest.warns(UserWarning, match="left out 1 rows"):
+        code, _, told = command(*words, "--skip-broken")
+    assert code == 0 and "5 pictures" in told
+
+
+def test_another_run_is_not_gone_on_with(command, images, trained):
+    """`--resume` with another rate: the checkpoint says no, and nothing is changed."""
+    before = weights(trained)
+    words = ["train", "--images", images, "--out", trained, *STEPS, "--resume"]
+    code, _, told = command(*words, "--lr", "0.5")
+    assert code == 2 and "lr is 0.001 there, 0.5 here" in told
+    assert all(torch.equal(before[n], t) for n, t in weights(trained).items())
+    assert command(*words)[:2] == (0, f"{trained}: 5 steps, {_loss_of(trained)}\n")
+
+
+def _loss_of(folder):
+    state = torch.load(folder / "last.pt", weights_only=True)
+    losses = [note["loss"] for note in state["history"]]
+    return f"loss {sum(losses) / len(losses):.3f}"
+
+
+def test_debug_shows_where(command, monkeypatch):
+    monkeypatch.setenv("FLAMINGO_LITE_DEBUG", "1")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        command("score", "--images", "nowhere")
+
+
+def test_an_error_of_ours_is_not_hidden(command, monkeypatch):
+    def fail(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_load", fail)
+    with pytest.raises(ZeroDivisionError):
+        command("caption", "a.png")
+
+
+def test_too_little_memory_is_said_with_what_to_change(
+    command, images, tmp_path, monkeypatch
+):
+    def too_little(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(training, "training_step", too_little)
+    words = ["train", "--images", images, "--out", tmp_path / "out", *STEPS]
+    code, _, told = command(*words)
+    assert code == 2 and told.rstrip().endswith("try a smaller --batch-size")
