@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from flamingo_lite import (
     NotFinite,
     batch_for_step,
+    batches,
     caption_losses,
     check_examples,
     checkpoints,
@@ -467,13 +468,13 @@ def test_one_text_is_drawn_for_each_epoch_by_the_seed():
 
 def seen_texts(monkeypatch):
     """A list of what `collate` is given in a training."""
-    seen, right = [], training.collate
+    seen, right = [], batches.collate
 
     def note(examples, tokenizer):
         seen.append([texts for _, texts in examples])
         return right(examples, tokenizer)
 
-    monkeypatch.setattr(training, "collate", note)
+    monkeypatch.setattr(batches, "collate", note)
     return seen
 
 
