@@ -41,6 +41,7 @@ class Precision:
 
     Attributes:
         scale, good_steps, skipped, stopped: tensors () on the device.
+        norm: that of the last step.
     """
 
     def __init__(self, name, device, scale=2.0**16, patience=2000):
@@ -54,6 +55,7 @@ class Precision:
         self.good_steps = torch.tensor(0, device=self.device)
         self.skipped = torch.tensor(0, device=self.device)
         self.stopped = torch.tensor(False, device=self.device)
+        self.norm = None
 
     def autocast(self):
         """A block for one forward pass: it keeps copies of weights while it lasts."""
@@ -79,7 +81,7 @@ class Precision:
             loss: (), not scaled.
             norm: (), the length of the gradient, not scaled.
         """
-        overflow = ~norm.isfinite()
+        self.norm, overflow = norm, ~norm.isfinite()
         hopeless = ~loss.isfinite() | (overflow & (self.scale <= 1))
         self.stopped = self.stopped | hopeless
         left_out = self.stopped | overflow

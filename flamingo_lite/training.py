@@ -192,8 +192,8 @@ def training_step(model, batch, optimizers, rate, precision=None):
         precision: a `Precision`, which sees what is left out; None, float32.
 
     Returns:
-        The loss before the step, per labelled token, and the length of the gradient.
-        Both stay on the device, (), so that a GPU need not wait for anybody.
+        The loss before the step, per labelled token: (), on the device, so that a GPU
+        need not wait for anybody. `precision.norm` has the length of the gradient.
 
     Raises:
         NotFinite: the loss or the gradient is; nothing has moved. Only on a CPU: on a
@@ -215,7 +215,7 @@ def training_step(model, batch, optimizers, rate, precision=None):
     precision.unscale(learning)
     norm = torch.nn.utils.clip_grad_norm_(learning, 1.0).detach().float()
     _move(model, optimizers, precision, loss, norm)
-    return loss, norm
+    return loss
 
 
 def _move(model, optimizers, precision, loss, norm):
@@ -459,13 +459,13 @@ class _Run:
         self.is_whole = False
         with self._named():
             try:
-                numbers = training_step(
+                loss = training_step(
                     self.model, batches, self.optimizers, rate, self.precision
                 )
             except torch.OutOfMemoryError as error:
                 sizes = settings["batch_size"], settings["accumulate"]
                 raise _out_of_memory(error, step, *sizes) from error
-        self.notes.add(self.precision.stopped, *numbers)
+        self.notes.add(self.precision.stopped, loss, self.precision.norm)
         self.random, self.done = random_states(self.device), step + 1
         self.is_whole = True
         if is_read_at_once(self.device) or self.notes.is_full():
