@@ -169,7 +169,7 @@ def keep_old_rows(model):
 def read_batch(model, batch):
     """What the model makes of a batch from `make_batch`: its output."""
     inputs = dict(batch)
-    return model(inputs.pop("vision_x", None), **inputs)
+    return model(inputs.pop("vision_x", None), **inputs, checked=True)
 
 
 def _shares(batches):
