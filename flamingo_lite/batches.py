@@ -82,16 +82,12 @@ def make_batch(rows, features, texts, tokenizer, device, sequences=None, lot=Non
     """
     own = [[row] if sequences is None else sequences[row] for row in rows]
     some = features[[number for numbers in own for number in numbers]]
-    frames = some.shape[2:]  # (v, d_img), or (3, H, W) of pixels
-    if some.ndim == 5:
-        some = some.flatten(2).unsqueeze(-1)  # (pictures, F, 3 * H * W, 1)
     told = [_told(row, texts, sequences, lot) for row in rows]
     parts = some.split([len(numbers) for numbers in own])  # (T_img, F, v, d_img) each
     batch = collate(list(zip(parts, told, strict=True)), tokenizer)
-    if len(frames) == 3:
-        flat = batch.pop("vision_features").squeeze(-1)  # (B, T_img, F, 3 * H * W)
-        batch["vision_x"] = flat.unflatten(-1, frames)  # (B, T_img, F, 3, H, W)
-    return {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+    labels = batch.pop("labels")  # they stay: a GPU need not be asked where they are
+    moved = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+    return {**moved, "labels": labels}
 
 
 def count_tokens(texts, tokenizer):

@@ -674,7 +674,7 @@ def _summed_losses(model, tokenizer, features, texts, batch_size, sequences=None
         labels = batch.pop("labels")  # (B, T_txt)
         logits = read_batch(model, batch).logits  # (B, T_txt, vocab)
         per_token = shifted_cross_entropy(logits, labels, reduction="none")
-        sums.append(per_token.sum(dim=1))
+        sums.append(per_token.sum(dim=1).cpu())
         counts.append((labels[:, 1:] != IGNORE).sum(dim=1))
     return torch.cat(sums), torch.cat(counts)
 
@@ -687,7 +687,7 @@ def caption_losses(model, tokenizer, features, texts, batch_size=100, sequences=
     texts, sequences = check_examples(features, texts, sequences)
     data = features, texts, batch_size, sequences
     sums, counts = _summed_losses(model, tokenizer, *data)
-    return (sums / counts).cpu()
+    return sums / counts
 
 
 def score_captions(captions, scenes):
