@@ -210,8 +210,9 @@ class Examples:
         lot = self.seed, _place(self.lengths, self.per_step, step, self.seed)[0]
         n_parts = n_processes * min(self.accumulate, len(rows) // n_processes)
         parts = np.array_split(rows, n_parts)[process::n_processes]
-        data = self.features, self.texts, self.tokenizer, device, self.sequences
-        return [make_batch(part.tolist(), *data, lot) for part in parts]
+        data = self.features, self.texts, self.tokenizer, "cpu", self.sequences
+        batches = [make_batch(part.tolist(), *data, lot) for part in parts]
+        return [_moved(batch, device) for batch in batches]
 
     def suspects(self, step):
         """What may have made the loss of a step infinite or no number: a sentence."""
@@ -226,3 +227,9 @@ class Examples:
         some = ", ".join(repr(self.texts[row])[:60] for row in (bad or rows)[:3])
         more = ", …" * (len(bad or rows) > 3)
         return f"{says}: pictures {numbers} of the batch, with the texts {some}{more}"
+
+
+def _moved(batch, device):
+    """A batch on a device, but for the labels: the loss wants to count them first."""
+    labels = {"labels": batch["labels"]}
+    return {n: t.to(device, non_blocking=True) for n, t in batch.items()} | labels
