@@ -145,6 +145,7 @@ _HOME = {
     "NotFinite": "training",
     "keep_old_rows": "training",
     "read_batch": "training",
+    "Together": "training",
     "training_step": "training",
     "is_read_at_once": "training",
     "is_report": "training",

@@ -195,13 +195,20 @@ class Examples:
         order = self.lengths, self.per_step, step, self.seed
         return batch_for_step(*order, self._n_tokens)
 
-    def batches(self, step, device):
-        """The micro-batches of a step: list of dicts on `device`."""
+    def batches(self, step, device, process=0, n_processes=1):
+        """The micro-batches of a step, or one process's share: list of dicts."""
         rows = self.rows(step)
+        if len(rows) < n_processes:
+            raise ValueError(
+                f"a step has {len(rows)} rows for {n_processes} processes: take a "
+                "larger batch_size, or fewer of them"
+            )
         lot = self.seed, _place(self.lengths, self.per_step, step, self.seed)[0]
-        parts = np.array_split(rows, min(self.accumulate, len(rows)))
-        data = self.features, self.texts, self.tokenizer, device, self.sequences
-        return [make_batch(part.tolist(), *data, lot) for part in parts]
+        n_parts = n_processes * min(self.accumulate, len(rows) // n_processes)
+        parts = np.array_split(rows, n_parts)[process::n_processes]
+        data = self.features, self.texts, self.tokenizer, "cpu", self.sequences
+        batches = [make_batch(part.tolist(), *data, lot) for part in parts]
+        return [_moved(batch, device) for batch in batches]
 
     def suspects(self, step):
         """What may have made the loss of a step infinite or no number: a sentence."""
@@ -216,3 +223,9 @@ class Examples:
         some = ", ".join(repr(self.texts[row])[:60] for row in (bad or rows)[:3])
         more = ", …" * (len(bad or rows) > 3)
         return f"{says}: pictures {numbers} of the batch, with the texts {some}{more}"
+
+
+def _moved(batch, device):
+    """A batch on a device, but for the labels: the loss wants to count them first."""
+    labels = {"labels": batch["labels"]}
+    return {n: t.to(device, non_blocking=True) for n, t in batch.items()} | labels

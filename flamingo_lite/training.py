@@ -172,15 +172,55 @@ def read_batch(model, batch):
     return model(inputs.pop("vision_x", None), **inputs, checked=True)
 
 
-def _shares(batches):
-    """Of the labelled tokens of all micro-batches the share of each: (), numbers."""
-    if len(batches) == 1:
-        return [1.0]
-    counts = [(b["labels"][:, 1:] != IGNORE).sum() for b in batches]  # () each
-    return [count / sum(counts) for count in counts]
+class Together:
+    """One process of several: each has a part of every step, and the same weights.
+
+    Args:
+        accelerator: of Hugging Face's Accelerate; None, a process that is alone.
+        model: a Flamingo.
+    """
+
+    def __init__(self, accelerator, model):
+        self.accelerator, self.model = accelerator, model
+        self.number, self.n, self.is_first = 0, 1, True
+        if accelerator is not None:
+            if "FSDP" in str(accelerator.distributed_type):
+                raise ValueError(
+                    "FSDP cuts every tensor up, the table of tokens by its rows too, "
+                    "and here two of them are trained: launch with DDP"
+                )
+            self.model = accelerator.prepare_model(model)
+            self.number, self.n = accelerator.process_index, accelerator.num_processes
+            self.is_first = accelerator.is_main_process
+
+    def sum(self, number):
+        """A number of each process, added up: (), on the device."""
+        return number if self.n == 1 else self.accelerator.reduce(number, "sum")
+
+    def shares(self, batches):
+        """Of all labelled tokens of a step the share of each micro-batch: numbers.
+
+        DDP takes the mean of the processes' gradients, so it is n times as much.
+        """
+        if self.n == len(batches) == 1:
+            return [1.0]
+        counts = [(b["labels"][:, 1:] != IGNORE).sum() for b in batches]  # () each
+        total = self.sum(sum(counts).to(next(self.model.parameters()).device))
+        return [self.n * count.to(total.device) / total for count in counts]
+
+    def backward_of(self, is_last):
+        """A block in which gradients are exchanged only after the last micro-batch."""
+        if self.n == 1 or is_last:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(self.model)
+
+    def wait(self):
+        """For all the others."""
+        if self.n > 1:
+            self.accelerator.wait_for_everyone()
 
 
-def training_step(model, batch, optimizers, rate, precision=None):
+def training_step(model, batch, optimizers, rate, precision=None, together=None):
     """Move everything that is not frozen once, at a share `rate` of the peak rates.
 
     Args:
@@ -190,6 +230,7 @@ def training_step(model, batch, optimizers, rate, precision=None):
         optimizers: from `make_optimizers`.
         rate: see `schedule`.
         precision: a `Precision`, which sees what is left out; None, float32.
+        together: a `Together`, if other processes have other parts of the step.
 
     Returns:
         The loss before the step, per labelled token: (), on the device, so that a GPU
@@ -200,16 +241,19 @@ def training_step(model, batch, optimizers, rate, precision=None):
             GPU nothing moves either, and `precision.stopped` says so.
     """
     precision = precision or Precision("float32", next(model.parameters()).device)
+    together = together or Together(None, model)
     batches = batch if isinstance(batch, list) else [batch]
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = group["peak"] * rate
     model.zero_grad()
     loss = 0.0
-    for part, share in zip(batches, _shares(batches), strict=True):
-        with precision.autocast():
-            part_loss = read_batch(model, part).loss * share
-        precision.backward(part_loss)
+    for part, share in zip(batches, together.shares(batches), strict=True):
+        with together.backward_of(part is batches[-1]):
+            with precision.autocast():
+                part_loss = read_batch(together.model, part).loss * share
+            precision.backward(part_loss)
         loss = loss + part_loss.detach().float()
+    loss = together.sum(loss) / together.n
     keep_old_rows(model)
     learning = list(learning_parameters(model).values())
     precision.unscale(learning)
@@ -329,9 +373,12 @@ class _CtrlC:
     So that no step is half taken when a checkpoint is written.
     """
 
+    def __init__(self, is_alone=True):
+        self.is_alone = is_alone  # else the others would wait for this process
+
     def __enter__(self):
         self.asked, self.before = False, None
-        if threading.current_thread() is threading.main_thread():
+        if self.is_alone and threading.current_thread() is threading.main_thread():
             before = signal.getsignal(signal.SIGINT)
             if callable(before):  # else somebody wants it to be ignored
                 self.before = signal.signal(signal.SIGINT, self._note)
@@ -443,25 +490,26 @@ class _Run:
     """A training under way: what moves, what it reads, how far it is."""
 
     def __init__(
-        self, model, optimizers, examples, precision, settings, first, history
+        self, model, optimizers, examples, precision, together, settings, first, history
     ):
         self.model, self.optimizers = model, optimizers
         self.examples, self.precision, self.settings = examples, precision, settings
-        self.device, self.first, self.done = precision.device, first, first
+        self.together, self.device = together, precision.device
+        self.first, self.done = first, first
         self.notes, self.is_whole = _Notes(model, history), True
         self.random, self.started = random_states(self.device), time.perf_counter()
 
     def take_step(self, step):
         """One step, and a note of it."""
         settings = self.settings
-        batches = self.examples.batches(step, self.device)
+        among = self.together.number, self.together.n
+        batches = self.examples.batches(step, self.device, *among)
         rate = schedule(step, settings["n_steps"], settings["warmup"])
         self.is_whole = False
         with self._named():
             try:
-                loss = training_step(
-                    self.model, batches, self.optimizers, rate, self.precision
-                )
+                moving = self.model, batches, self.optimizers, rate
+                loss = training_step(*moving, self.precision, self.together)
             except torch.OutOfMemoryError as error:
                 sizes = settings["batch_size"], settings["accumulate"]
                 raise _out_of_memory(error, step, *sizes) from error
@@ -509,6 +557,9 @@ class _Run:
     def save(self, checkpoint):
         """Write all that the next step depends on."""
         self.read()
+        self.together.wait()
+        if not self.together.is_first:
+            return
         state = {"step": self.done, "history": self.notes.history}
         state |= {"settings": self.settings, "random": self.random}
         state["precision"] = self.precision.state_dict()
@@ -516,7 +567,7 @@ class _Run:
 
     def stop(self, checkpoint):
         """Save at once, if the last step is whole; and how to go on: a sentence."""
-        if not self.is_whole:
+        if not self.is_whole or self.together.n > 1:
             return "interrupted in the middle of a step: what was saved last is there"
         after = f"interrupted after step {self.done} of {self.settings['n_steps']}"
         if checkpoint is None:
@@ -552,6 +603,7 @@ def train(
     warmup=50,
     validation=None,
     log=None,
+    accelerator=None,
 ):
     """Train what is not frozen, on cached features of pictures.
 
@@ -588,6 +640,9 @@ def train(
             last report), pictures_per_second, seconds_left, memory (the most bytes in
             use so far), skipped (steps that float16 left out); with `validation`, true
             and shuffled, its losses beside its own and beside exchanged pictures.
+        accelerator: an `accelerate.Accelerator`, if several processes train together
+            (DDP): each calls `train` with the same arguments and takes its part of
+            each step. The numbers are those of one process, and the first one writes.
 
     Returns:
         list of {"step", "loss", "gates"}, one for each step: tanh of every gate.
@@ -620,14 +675,19 @@ def train(
     optimizers = make_optimizers(
         model, settings["lr"], settings["gate_factor"], with_muon
     )
+    together = Together(accelerator, model)
+    if not together.is_first:
+        report, log = _say_nothing, None
     precision = Precision(precision, next(model.parameters()).device)
     first, history = _start(checkpoint, model, optimizers, settings, precision, report)
     data = tokenizer, features, texts, sequences
     examples = Examples(*data, batch_size, accumulate, seed)
-    run = _Run(model, optimizers, examples, precision, settings, first, history)
+    run = _Run(
+        *(model, optimizers, examples, precision, together, settings, first, history)
+    )
     try:
         model.train()
-        with _CtrlC() as ctrl_c:
+        with _CtrlC(together.n == 1) as ctrl_c:
             for step in range(first, n_steps):
                 run.take_step(step)
                 if ctrl_c.asked:
@@ -646,6 +706,10 @@ def train(
     finally:
         model.eval()
     return history
+
+
+def _say_nothing(line):
+    """The report of a process that is not the first."""
 
 
 def _check_validation(validation, features, tokenizer):

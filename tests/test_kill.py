@@ -12,13 +12,20 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, SMALL, random_features
 
-from flamingo_lite import checkpoints, create_model_and_transforms, train, training
+from flamingo_lite import (
+    batches,
+    checkpoints,
+    create_model_and_transforms,
+    train,
+    training,
+)
 
 TEXTS = ["a lemon", "a tent", "a bear above a tent", "a bee", "a fox", "a bus", "a cup"]
 FEATURES = random_features(len(TEXTS), 1)[:, 0].half()  # (pictures, F, v, d_img)
@@ -154,6 +161,10 @@ def live(backbones, folder, pipe, every, accident):
     """What a process does: train, send each line to the test, write down the end."""
     if accident == "full disk":
         no_room_for_the_second()
+    elif accident == "Ctrl-C":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        ctrl_c = partial(os.kill, os.getpid(), signal.SIGINT)
+        on_call(batches, "make_batch", EVERY + 2, after=ctrl_c)
     elif accident is not None:
         DEATHS[accident][0]()
     try:
@@ -161,6 +172,9 @@ def live(backbones, folder, pipe, every, accident):
     except OSError as error:
         pipe.send((error.errno, str(error)))
         raise SystemExit(1) from None
+    except KeyboardInterrupt as error:
+        pipe.send(str(error))
+        raise SystemExit(130) from None
     torch.save(end, folder / "end.pt")
 
 
@@ -290,6 +304,22 @@ def test_killed_at_random_moments(begin, tmp_path, undisturbed):
             steps.append(torch.load(checkpoint, weights_only=True)["step"])
     assert kills >= 5 and len(set(steps)) >= 3, "not killed often enough"
     assert steps == sorted(steps)
+    check_end(tmp_path, undisturbed)
+
+
+def test_ctrl_c_and_started_again(begin, tmp_path, undisturbed):
+    """The step under way is ended and saved, though no checkpoint is due."""
+    checkpoint = tmp_path / "run" / "last.pt"
+    process, pipe = begin(accident="Ctrl-C")
+    message = lines_until_the_end(pipe)[-1]
+    process.join()
+    assert process.exitcode == 130
+    assert f"after step {EVERY + 2} of 20, saved: call train" in message
+    assert torch.load(checkpoint, weights_only=True)["step"] == EVERY + 2
+    process, pipe = begin()
+    lines_until_the_end(pipe)
+    process.join()
+    assert process.exitcode == 0
     check_end(tmp_path, undisturbed)
 
 

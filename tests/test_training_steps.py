@@ -157,8 +157,8 @@ def test_a_step_left_out_changes_no_average(make_model, with_muon):
         for o in optimizers:
             o.grad_scale, o.found_inf = None, torch.tensor(left_out)
             o.step()
-        states = [(t, n) for o in optimizers for n, t in enumerate(o.state.values())]
-        averages = {(n, name): t for s, n in states for name, t in s.items()}
+        states = enumerate(state for o in optimizers for state in o.state.values())
+        averages = {(n, name): t for n, state in states for name, t in state.items()}
         return copy.deepcopy([{n: p.detach() for n, p in learning.items()}, averages])
 
     first, left_out = step(0.5, 0.0), step(float("nan"), 1.0)

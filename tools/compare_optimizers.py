@@ -165,7 +165,7 @@ def measure(batch_size, repeats, T_txt, layers=None):
         "torch": torch.__version__,
         "matrices": len(matrices),
         "numbers": sum(p.numel() for p in matrices),
-        "GFLOP of Muon's rounds": round(flop_of_rounds(matrices) / 1e9),
+        "GFLOP of rounds": round(flop_of_rounds(matrices) / 1e9),
         "batch": {"B": batch_size, "T_img": 1, "T_txt": T_txt},
         "repeats": repeats,
         "seconds": {n: round(statistics.median(t[1:]), 4) for n, t in taken.items()},
