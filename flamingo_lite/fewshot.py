@@ -315,7 +315,7 @@ def nearest(queries, support, k):
         k: how many for each query.
 
     Returns:
-        (queries, k) int64 numbers into `support`, the most similar one last.
+        (queries, k) numbers into `support`, on the CPU, the most similar one last.
 
     Raises:
         ValueError: fewer than k in `support`, or a number that is not finite.
@@ -325,9 +325,10 @@ def nearest(queries, support, k):
     if not (queries.isfinite().all() and support.isfinite().all()):
         raise ValueError("an embedding has a number that is not finite")
     queries, support = (
-        torch.nn.functional.normalize(x.float(), dim=-1) for x in (queries, support)
+        torch.nn.functional.normalize(x.to(queries.device).float(), dim=-1)
+        for x in (queries, support)
     )
-    return (queries @ support.transpose(0, 1)).topk(k, dim=1).indices.flip(1)
+    return (queries @ support.transpose(0, 1)).topk(k, dim=1).indices.flip(1).cpu()
 
 
 _QUOTES = str.maketrans("’‘“”", "''\"\"")

@@ -369,7 +369,8 @@ def score_candidates(
             than its own beginning.
 
     Returns:
-        (candidates,) float32 sums of log-probabilities, in the candidates' order.
+        (candidates,) float32 sums of log-probabilities, in the candidates' order, on
+        the CPU.
 
     Raises:
         TypeError: something that is no picture, or no prompt.
@@ -409,4 +410,4 @@ def score_candidates(
     first = out.logits[:, -1:].expand(len(rest), -1, -1)  # (candidates, 1, vocab)
     logits = torch.cat((first, logits[:, :-1]), dim=1).float()  # halves would round
     log_p = logits.log_softmax(dim=-1)  # (candidates, new, vocab)
-    return (log_p.gather(2, rest[..., None])[..., 0] * real).sum(dim=1)
+    return (log_p.gather(2, rest[..., None])[..., 0] * real).sum(dim=1).cpu()

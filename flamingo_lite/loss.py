@@ -55,7 +55,8 @@ def shifted_cross_entropy(logits, labels, reduction="mean"):
 
     Args:
         logits: (B, T_txt, vocab).
-        labels: (B, T_txt), -100 where no loss is wanted.
+        labels: (B, T_txt), -100 where no loss is wanted. On the CPU their places are
+            found without waiting for the device that `logits` are on.
         reduction: "mean" over the labelled tokens, or "none" for (B, T_txt - 1).
 
     Returns:
@@ -68,12 +69,15 @@ def shifted_cross_entropy(logits, labels, reduction="mean"):
         raise ValueError(f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}")
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is "mean" or "none", not {reduction!r}')
-    answers = labels[:, 1:].to(logits.device)  # (B, T_txt - 1)
+    answers = labels[:, 1:]  # (B, T_txt - 1)
     asked = answers != IGNORE  # (B, T_txt - 1)
     if not asked.any():
         raise ValueError("no token has a label: is there text after an <image>?")
-    scores = logits[:, :-1][asked].float()  # (asked, vocab), never in half precision
-    losses = nn.functional.cross_entropy(scores, answers[asked], reduction="none")
+    device = logits.device
+    places = [t.to(device) for t in asked.nonzero(as_tuple=True)]  # (asked,) each
+    scores = logits[*places].float()  # (asked, vocab), never in half precision
+    answers = answers[asked].to(device)  # (asked,)
+    losses = nn.functional.cross_entropy(scores, answers, reduction="none")
     if reduction == "mean":
         return losses.mean()
-    return torch.zeros(asked.shape, device=losses.device).masked_scatter(asked, losses)
+    return torch.zeros(asked.shape, device=device).index_put(places, losses)

@@ -44,19 +44,24 @@ def pixels_to_patches(visual, pixels):
     return tokens.unflatten(0, pixels.shape[:3])  # (B, T_img, F, v, d_img)
 
 
-def check_pictures(pictures, media_locations, axes=PATCHES, spare=False):
+def check_pictures(
+    pictures, media_locations, axes=PATCHES, spare=False, counted=False
+):
     """Raise ValueError if these pictures cannot go with this text.
 
     Args:
         pictures: (B, T_img, F, …) as `axes` says; zeros where there is no picture.
         media_locations: (B, T_all) bool, True at `<image>`.
         spare: a row may have more pictures than `<image>` tokens.
+        counted: they were counted before; only shapes are looked at.
     """
     if pictures.ndim != len(axes.split()):
         raise ValueError(f"want ({axes}), got {tuple(pictures.shape)}")
     B, T_img = pictures.shape[:2]
     if B != len(media_locations):
         raise ValueError(f"pictures for {B} rows, but {len(media_locations)} of text")
+    if counted:
+        return
     counts = media_locations.sum(dim=1)  # (B,)
     flat = pictures.flatten(2)  # (B, T_img, numbers of one picture)
     shown = (flat.amax(dim=-1) != 0) | (flat.amin(dim=-1) != 0)  # (B, T_img)
@@ -183,17 +188,19 @@ class _PictureMemory(_ThreeParts):
         """`with model.alone():` keeps other threads waiting, for several calls."""
         return self._turns.lock
 
-    def _encode_vision_x(self, vision_x, vision_features, media_locations, spare=False):
+    def _encode_vision_x(
+        self, vision_x, vision_features, media_locations, spare=False, counted=False
+    ):
         """Leave the latents of the pictures in every layer."""
         self._turns.last = get_ident()
         if (vision_x is None) == (vision_features is None):
             given = "no pictures" if vision_x is None else "pictures given twice"
             raise ValueError(f"{given}: give vision_x or vision_features")
         if vision_features is None:
-            check_pictures(vision_x, media_locations, PIXELS, spare)
+            check_pictures(vision_x, media_locations, PIXELS, spare, counted)
             vision_features = pixels_to_patches(self.vision_encoder, vision_x)
         else:
-            check_pictures(vision_features, media_locations, PATCHES, spare)
+            check_pictures(vision_features, media_locations, PATCHES, spare, counted)
         patches = as_weights(vision_features, self.perceiver)
         media = self.perceiver(patches)  # (B, T_img, n, d_img)
         media = as_weights(media, self.lang_encoder.gated_cross_attn_layers)
@@ -289,6 +296,7 @@ class Flamingo(_PictureMemory):
         use_cache=False,
         vision_features=None,
         spare_pictures=False,
+        checked=False,
     ):
         """Read pictures and text, and predict every next token.
 
@@ -302,6 +310,8 @@ class Flamingo(_PictureMemory):
             vision_features: (B, T_img, F, v, d_img), instead of `vision_x`.
             spare_pictures: a row may have more pictures than `<image>`, for those to
                 come; without it, only pictures of zeros may be left over.
+            checked: the batch is one of `collate`'s: pictures fit, padding is on the
+                right. Then a GPU is not asked for its numbers, and never waits.
 
         Returns: the language model's output, `logits` (B, T_txt, vocab), maybe `loss`.
         """
@@ -311,11 +321,13 @@ class Flamingo(_PictureMemory):
         try:
             locations = lm._locate_media(lang_x, past_key_values)  # (B, T_all)
             if not lm._use_cached_vision_x:
-                self._encode_vision_x(*pictures, locations, spare_pictures)
+                self._encode_vision_x(*pictures, locations, spare_pictures, checked)
             elif vision_x is not None or vision_features is not None:
                 raise ValueError("pictures are cached: call uncache_media first")
             else:
                 self._check_cached(locations)
+            if checked and lang_x.device.type != "cpu":
+                attention_mask = None  # no token sees what comes after it anyway
             return lm(
                 input_ids=lang_x,
                 attention_mask=attention_mask,

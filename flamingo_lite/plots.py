@@ -92,9 +92,11 @@ def attention_maps(model, batch):
         batch: from `collate`.
 
     Returns:
-        list of (B, h, T_txt, T_img, v), one for each layer with cross-attention. Rows
-        sum to one, or to zero before the first image.
+        list of (B, h, T_txt, T_img, v) on the CPU, one for each layer with
+        cross-attention. Rows sum to one, or to zero before the first image.
     """
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
     with (
         noted_inputs(model, MaskedCrossAttention) as text,
         noted_inputs(model, PerceiverAttention) as perceiver,
@@ -102,7 +104,9 @@ def attention_maps(model, batch):
         model(None, **batch)
     on_patches = roll_out([latent_weights(attn, *args) for attn, args in perceiver])
     return [
-        torch.einsum("bhtin,binv->bhtiv", text_weights(attn, *args[:3]), on_patches)
+        torch.einsum(
+            "bhtin,binv->bhtiv", text_weights(attn, *args[:3]), on_patches
+        ).cpu()
         for attn, args in text
     ]
 
@@ -113,14 +117,15 @@ def show_maps(picture, titles, maps):
     Args:
         picture: PIL, a square one: what the model saw of it.
         titles: a string for each map.
-        maps: (maps, v), v patches in a square grid.
+        maps: (maps, v), or a list of (v,); v patches in a square grid.
 
     Raises:
         ValueError: the picture or the grid is not square, or titles differ in number.
     """
     import matplotlib.pyplot as plt  # only who draws needs it
 
-    maps = torch.as_tensor(maps).detach().float().cpu()  # (maps, v)
+    maps = [torch.as_tensor(one).detach().float().cpu() for one in maps]  # (v,) each
+    maps = torch.stack(maps) if maps else torch.empty(0, 0)  # (maps, v)
     side, (width, height) = round(maps.shape[-1] ** 0.5), picture.size
     if side**2 != maps.shape[-1] or len(titles) != len(maps):
         raise ValueError(f"{len(titles)} titles, maps {tuple(maps.shape)}: no squares")
@@ -156,7 +161,7 @@ def occlusion(model, image_processor, tokenizer, picture, text, place, cells=4):
 
     Returns:
         log-probability with the whole picture minus that with the part covered by the
-        colour of the picture's corner.
+        colour of the picture's corner, on the CPU.
 
     Raises:
         ValueError: no such token, or more cells than pixels.
@@ -181,4 +186,4 @@ def occlusion(model, image_processor, tokenizer, picture, text, place, cells=4):
     lang_x = lang_x.expand(len(covered), -1).to(device)  # (1 + cells², T_txt)
     logits = model(pixels[:, None, None].to(device), lang_x).logits  # (…, T_txt, vocab)
     log_p = logits[:, place - 1].float().log_softmax(dim=-1)[:, lang_x[0, place]]
-    return (log_p[0] - log_p[1:]).view(cells, cells)
+    return (log_p[0] - log_p[1:]).view(cells, cells).cpu()

@@ -198,9 +198,10 @@ class Batches:
 @torch.no_grad()
 def embed_pictures(model, pictures):
     """Pooled embeddings of pictures, (pictures, d)."""
+    device = next(model.parameters()).device
     pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures]))
     pooled = [
-        model.visual(some.permute(0, 3, 1, 2) / 127.5 - 1)[0]
+        model.visual(some.to(device).permute(0, 3, 1, 2) / 127.5 - 1)[0]
         for some in pixels.split(200)
     ]
     return torch.cat(pooled)
@@ -212,7 +213,8 @@ def zero_shot(model, tokenizer, rows, seed=1, per_thing=2):
     model.eval()
     named = [row for row in rows if row["named"]]
     things = list(dict.fromkeys(row["thing"] for row in named))
-    text = model.encode_text(tokenizer([a(thing) for thing in things]), normalize=True)
+    ids = tokenizer([a(thing) for thing in things]).to(next(model.parameters()).device)
+    text = model.encode_text(ids, normalize=True)  # (things, d)
     result = {}
     for studio in dict.fromkeys(row["studio"] for row in named):
         rng = np.random.default_rng(seed)

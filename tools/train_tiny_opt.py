@@ -61,7 +61,7 @@ def batch_of(tokenizer, n_rows, seed):
 def perplexity(model, tokenizer, seed=10**6):
     """exp of the mean loss on lines that training did not draw."""
     model.eval()
-    ids = batch_of(tokenizer, 32, seed)
+    ids = batch_of(tokenizer, 32, seed).to(model.device)
     loss = model(input_ids=ids, labels=ids).loss.item()
     model.train()
     return math.exp(loss)
@@ -82,7 +82,7 @@ def naming(model, tokenizer, n_words, n_prompts=100, seed=1):
         turns = [f"{t}: this is {a(w)}." for t, w in zip(chosen, words, strict=True)]
         asked = int(rng.integers(n_words))
         prompt = " ".join([*turns, f"{chosen[asked]}: this is a"])
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         answer = tokenizer(f" {words[asked]}.", add_special_tokens=False).input_ids
         out = model.generate(
             ids,
