@@ -43,7 +43,7 @@ def _add_train(add):
     add("--precision", choices=("float32", "bfloat16", "float16"))
     add("--validation", metavar="FOLDER", help="pictures that it is tested on")
     add("--report-every", type=int, default=50, help=f"steps to a checkpoint {of}")
-    _add_shared(add, "--skip-broken")
+    _add_shared(add, "--features", "--skip-broken")
 
 
 def _add_caption(add):
@@ -56,7 +56,7 @@ def _add_caption(add):
 def _add_score(add):
     """The options of `score`."""
     add("--images", required=True, metavar="FOLDER", help="with their true captions")
-    _add_shared(add, "--model", "--json", "--skip-broken")
+    _add_shared(add, "--model", "--features", "--json", "--skip-broken")
 
 
 def _add_info(add):
@@ -68,6 +68,8 @@ def _add_shared(add, *names):
     """Options of several commands, those with these names, and the device."""
     if "--model" in names:
         add("--model", metavar="FOLDER", help="what `train` wrote (default: tiny)")
+    if "--features" in names:
+        add("--features", metavar="FOLDER", help="keeps what the eye has seen")
     if "--json" in names:
         add("--json", action="store_true", help="print JSON")
     if "--skip-broken" in names:
@@ -102,10 +104,17 @@ def _captions(folder, options):
     return rows, [row["text"] for row in rows]
 
 
-def _features(model, image_processor, rows):
-    """What the vision encoder makes of the pictures: (pictures, F, v, d_img)."""
-    return flamingo_lite.encode_pictures(
-        model.vision_encoder, image_processor, rows, progress=True
+def _kept():
+    """The folder for what is made once and used again."""
+    kept = os.environ.get("FLAMINGO_LITE_CACHE", "~/.cache/flamingo_lite")
+    return Path(kept).expanduser()
+
+
+def _features(model, image_processor, rows, options):
+    """What the vision encoder makes of the pictures, kept on disk for the next time."""
+    folder = options.features or _kept() / "features"
+    return flamingo_lite.cache_features(
+        folder, model.vision_encoder, image_processor, rows
     )
 
 
@@ -139,12 +148,12 @@ def _train(options):
     model.to(device)
     more = {"precision": options.precision} if options.precision else {}
     if held_out:
-        features = _features(model, image_processor, held_out[0])
+        features = _features(model, image_processor, held_out[0], options)
         more["validation"] = features, held_out[1]
     history = flamingo_lite.train(
         model,
         tokenizer,
-        _features(model, image_processor, rows),
+        _features(model, image_processor, rows, options),
         texts,
         n_steps=options.steps,
         batch_size=options.batch_size,
@@ -189,7 +198,7 @@ def _score(options):
     rows, texts = _captions(options.images, options)
     model, image_processor, tokenizer = _load(options)
     flamingo_lite.check_texts(texts, tokenizer)
-    features, written = _features(model, image_processor, rows), []
+    features, written = _features(model, image_processor, rows, options), []
     for start in range(0, len(rows), 100):
         some = features[list(range(start, min(start + 100, len(rows))))]
         written += flamingo_lite.caption(model, image_processor, tokenizer, some)
@@ -232,14 +241,13 @@ def _info(options):
     from huggingface_hub.constants import HF_HUB_CACHE
 
     parts = dict(_parts(_load(options)[0])) if options.model else {}
-    own = Path(os.environ.get("FLAMINGO_LITE_CACHE", "~/.cache/flamingo_lite"))
     facts = {"flamingo_lite": flamingo_lite.__version__}
     facts["Python"] = platform.python_version()
     for library in ("torch", "transformers", "open_clip_torch", "timm", "pillow"):
         facts[library] = version(library)
     facts["device"] = flamingo_lite.describe_device(_device(options.device))
     facts["downloads in"] = HF_HUB_CACHE
-    facts["made files in"] = own.expanduser()
+    facts["features in"] = _kept() / "features"
     facts |= {name: f"{count:,} numbers" for name, count in parts.items()}
     for name, value in facts.items():
         print(f"{name:15s} {value}")

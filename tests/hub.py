@@ -2,7 +2,8 @@
 
 `facebook/opt-125m` as it is on the hub (no tokenizer.json, no safetensors; 50,265
 words in the vocabulary, 50,272 rows), at a small width; a CLIP in open_clip's format,
-with its own configuration. A subprocess finds it through HF_ENDPOINT.
+with its own configuration; a SigLIP, whose tower is one of timm's; and a CLIP whose
+tower has no grid of tokens. A subprocess finds them through HF_ENDPOINT.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 COMMIT = "27dcfa74d334bc871f3234de431e71c6eeba5dd6"
 OPT, CLIP = "facebook/opt-125m", "timm/vit_large_patch14_clip_224.openai"
+SIGLIP, NO_GRID = "timm/ViT-B-16-SigLIP", "timm/crossvit"
 CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 32,
@@ -149,6 +151,39 @@ def clip_files():
     }
 
 
+def siglip_files():
+    """The repository timm/ViT-B-16-SigLIP, but for its sizes and its tokenizer."""
+    vision = {"image_size": 160, "timm_model_name": "test_vit3"}
+    vision |= {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
+    text = {**CLIP_CONFIG["model_cfg"]["text_cfg"], "context_length": 64}
+    text |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+    text |= {"norm_kwargs": {"eps": 1e-6}}
+    model = {"embed_dim": 96, "init_logit_bias": -10, "custom_text": True}
+    model |= {"vision_cfg": vision, "text_cfg": text}
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    half["resize_mode"] = "squash"
+    torch.manual_seed(2)
+    clip = open_clip.model.CustomTextCLIP(
+        **{name: part for name, part in model.items() if name != "custom_text"}
+    )
+    config = {"model_cfg": model, "preprocess_cfg": half}
+    return {
+        "open_clip_config.json": json.dumps(config).encode(),
+        "open_clip_model.safetensors": safetensors_bytes(clip.state_dict()),
+    }
+
+
+def no_grid_files():
+    """A CLIP whose tower has two lists of tokens, of patches of two sizes."""
+    vision = {"image_size": 240, "timm_model_name": "crossvit_tiny_240"}
+    vision |= {"timm_pool": "", "timm_proj": "linear"}
+    config = {"model_cfg": {"embed_dim": 32, "vision_cfg": vision}}
+    return {
+        "open_clip_config.json": json.dumps(config).encode(),
+        "open_clip_model.safetensors": b"weights that nobody should ask for",
+    }
+
+
 class Handler(BaseHTTPRequestHandler):
     """What the hub's client asks for: a file's head, the file, a listing."""
 
@@ -246,7 +281,12 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, repositories=None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories = repositories or {OPT: opt_files(), CLIP: clip_files()}
+        self.repositories = repositories or {
+            OPT: opt_files(),
+            CLIP: clip_files(),
+            SIGLIP: siglip_files(),
+            NO_GRID: no_grid_files(),
+        }
         self.asked, self.cut_file, self.cut = [], None, 0
         self.address = f"http://127.0.0.1:{self.server_port}"
 

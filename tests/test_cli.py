@@ -21,6 +21,15 @@ COLOURS = ["red", "green", "blue", "black", "white", "orange"]
 STEPS = ["--steps", 5, "--batch-size", 3]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def kept(tmp_path_factory):
+    """Features are not kept in the home of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLAMINGO_LITE_CACHE", str(folder))
+        yield folder
+
+
 def write_folder(folder, colours=COLOURS):
     """A caption folder: a square for each colour."""
     folder.mkdir()
@@ -178,7 +187,7 @@ def test_info_names_versions_device_and_sizes(command, monkeypatch, tmp_path):
     assert facts["torch"] == torch.__version__.partition("+")[0]
     assert facts["flamingo_lite"] == flamingo_lite.__version__
     assert facts["device"].startswith("cpu") and facts["device"].endswith("GB")
-    assert facts["made files in"] == str(tmp_path / "made")
+    assert facts["features in"] == str(tmp_path / "made" / "features")
     model = flamingo_lite.load_flamingo("tiny")[0]
     n_all = sum(p.numel() for p in model.parameters())
     tensors = flamingo_lite.trained_tensors(model).values()

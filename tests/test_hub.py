@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub import CLIP, CLIP_CONFIG, OPT, Hub
+from hub import CLIP, CLIP_CONFIG, NO_GRID, OPT, SIGLIP, Hub
 
 ROOT = Path(__file__).resolve().parents[1]
 # The real ViT-L-14 has 428 M numbers; here the name stands for a small one.
@@ -157,3 +157,67 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
         assert line.startswith("OSError: cannot load"), line
         assert "File too large" in line or "space" in line.lower(), line
         assert run(BUILD + "print(len(tokenizer))", hub.address) == "50267"
+
+
+def test_a_siglip_from_a_cold_cache_to_a_trained_model_and_back(run, files, tmp_path):
+    """Its tower is one of timm's: 10 x 10 tokens, no CLS; pictures are squashed."""
+    siglip = f'names[:2] = ["hf-hub:{SIGLIP}", None]\n'
+    facts = """
+pixels = torch.zeros(1, 3, 160, 160)
+tokens = model.vision_encoder(pixels)[1]
+mean = image_processor.transforms[-1].mean
+print(json.dumps([type(model.vision_encoder).__name__, list(tokens.shape), mean]))
+"""
+    with Hub(files) as hub:
+        weights = "open_clip_model.safetensors"
+        said = run(siglip + BUILD + TRAIN + ASK, hub.address, tmp_path / "mine")
+        assert fetched(hub, weights) == [f"/{SIGLIP}/resolve/main/{weights}"]
+        told = json.loads(run(siglip + BUILD + facts, hub.address))
+        assert told == ["TimmTower", [1, 100, 96], [0.5] * 3]
+        assert len(fetched(hub, weights)) == 1, "fetched twice"
+        assert run(LOAD + ASK, hub.address, tmp_path / "mine", cache="other") == said
+    away = {"HF_HUB_OFFLINE": "1"}
+    assert run(LOAD + ASK, "http://127.0.0.1:9", tmp_path / "mine", **away) == said
+
+
+def test_a_tower_without_a_grid_is_refused_before_its_weights_are_fetched(run, files):
+    with Hub(files) as hub:
+        code = f'names[:2] = ["hf-hub:{NO_GRID}", None]\n' + BUILD
+        line = run(code, hub.address, check=False)
+        assert line.startswith(f"ValueError: hf-hub:{NO_GRID} gives no patch tokens")
+        assert "CrossVit" in line
+        assert fetched(hub, "open_clip_config.json")
+        assert not fetched(hub, "safetensors") and not fetched(hub, "pytorch_model")
+
+
+COMMANDS = """
+import contextlib, io
+for name in ("red", "green"):
+    Image.new("RGB", (40, 30), name).save(f"{name}.png")
+lines = [dict(file_name=f"{name}.png", text=f"a {name}") for name in ("red", "green")]
+open("metadata.jsonl", "w").write("\\n".join(map(json.dumps, lines)))
+def command(*words):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = run_command(words)
+    return code, said.getvalue()
+train = "train", "--images", ".", "--size", "paper", "--steps", "2", "--out", "made"
+"""
+
+
+def test_the_command_line_trains_at_paper_size_and_captions_offline(run, files):
+    caption = 'print(json.dumps(command("caption", "red.png", "--model", "made")))'
+    with Hub(files) as hub:
+        hub.cut_file, hub.cut = "pytorch_model.bin", 5000
+        said = run(COMMANDS + "print(json.dumps(command(*train)))", hub.address)
+        assert json.loads(said) == [2, ""]  # the download was cut
+        hub.cut_file = None
+        said = run(COMMANDS + "print(json.dumps(command(*train)))", hub.address)
+        code, result = json.loads(said)
+        assert code == 0 and result.startswith("made: 2 steps, loss ")
+        code, text = json.loads(run(COMMANDS + caption, hub.address))
+        assert code == 0 and text.startswith("red.png: ")
+    away = {"HF_HUB_OFFLINE": "1"}
+    assert json.loads(run(COMMANDS + caption, "http://127.0.0.1:9", **away)) == [
+        0,
+        text,
+    ]
