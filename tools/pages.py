@@ -14,6 +14,7 @@ SCORES = re.compile(
     r"true ([\d.]+) +shuffled ([\d.]+)",
     re.M,
 )
+BUILDS = re.compile(r"You build:\s+(.*?)\s+·", re.S)
 TIME = re.compile(r"\bTime:\s+(\d+) min")
 KINDS = {
     "predict": "Say what will come out, then let the cell tell you.",
@@ -157,9 +158,18 @@ def api_page(modules):
 def stamp_times(page, notebooks):
     """Write into the landing page how long each chapter takes, and all of them.
 
-    A row of the map that links a notebook ends with its time. `<b>…</b>` behind the
-    words "in all" is the sum.
+    A row of the map that links a notebook ends with its time; a notebook without a row
+    gets one below that of the notebook before. `<b>…</b> in all` is the sum.
     """
+    before = None
+    for name, notebook in notebooks.items():
+        if before and f"]({name})" not in page:
+            builds = BUILDS.search(notebook.cells[0].source)
+            builds = " ".join(builds[1].split()) if builds else ""
+            row = f"| [{title_of(notebook)}]({name}) | {builds} |  |  |\n"
+            above = re.compile(rf"^\|.*\]\({re.escape(before)}\).*\n", re.M)
+            page = above.sub(lambda found, row=row: found[0] + row, page, count=1)
+        before = name
     times = {name: minutes_of(notebook) for name, notebook in notebooks.items()}
 
     def row(match):

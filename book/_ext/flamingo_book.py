@@ -6,6 +6,7 @@ citations in the chapters' style.
 """
 
 import html
+import os
 import re
 import sys
 from collections import Counter
@@ -80,7 +81,11 @@ def no_idle_mathjax(app, pagename, templatename, context, doctree):
 
 
 def without_address(app, config):
-    """While the repository is unset, no button leads to it."""
+    """While the repository is unset, no button leads to it.
+
+    BOOK_ADDRESS in the environment says where the pages will stand.
+    """
+    config.html_baseurl = os.environ.get("BOOK_ADDRESS", config.html_baseurl)
     address = config.html_theme_options.get("repository_url", "")
     if "/OWNER/" in address:
         names = ("use_repository_button", "use_issues_button", "use_edit_page_button")
@@ -132,7 +137,10 @@ def as_rst(app, what, name, obj, options, lines):
     """Our docstrings as docutils wants them: Args, Returns and Raises are fields."""
     section, written = None, []
     for line in lines:
-        title = re.fullmatch(r"(Args|Returns|Raises):", line)
+        if line.endswith(":") and what == "module":  # what is set in comes as it is
+            written.append(f"{plain(line)}:")
+            continue
+        title = re.fullmatch(r"(Args|Attributes|Returns|Raises):", line)
         if title:
             section = title[1]
             written += ["", f":{section.replace('Args', 'Arguments')}:"]
@@ -142,7 +150,8 @@ def as_rst(app, what, name, obj, options, lines):
             written.append("")
         entry = re.match(r"    ([\w*…][\w*…, ]*): (.*)", line)
         if section is None or not line:
-            written.append(plain(line))
+            set_in = what == "module" and line.startswith(" ")
+            written.append(line if set_in else plain(line))
         elif section == "Returns":
             written.append(f"    {plain(line.strip())}")
         elif entry:

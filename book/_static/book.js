@@ -5,7 +5,7 @@
   // sphinx_highlight.js marks nothing where the search's own script is loaded, and the
   // theme loads that on every page. Only on the page of results is it right to leave it.
   function mark() {
-    if (!window.SphinxHighlight || document.getElementById("search-results")) return;
+    if (typeof SphinxHighlight === "undefined" || document.getElementById("search-results")) return;
     SphinxHighlight.highlightSearchWords();
     setTimeout(() => {
       const found = document.querySelector("article .highlighted");
