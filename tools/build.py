@@ -81,7 +81,7 @@ def colophon(book, times):
         except PackageNotFoundError:
             continue
     page = "# Colophon\n\nWhat these pages were rendered with, and where.\n\n"
-    page += "| | |\n|:--|:--|\n"
+    page += "| what | which |\n|:--|:--|\n"
     page += "".join(f"| {name} | {says} |\n" for name, says in rows)
     page += "\n## How long the notebooks run\n\n"
     if not times:

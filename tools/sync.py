@@ -22,6 +22,8 @@ from pathlib import Path
 
 import nbformat
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from pages import api_page, exercises_page, stamp_scores, stamp_times, title_of
 
 ROOT = Path(__file__).resolve().parents[1]
