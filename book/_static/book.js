@@ -1,14 +1,20 @@
-// What the theme leaves undone: the words of a search marked where a result lands, and
-// folded solutions opened on paper.
+// What the theme leaves undone: a search without a server, its words marked where a result
+// lands, and folded solutions opened on paper.
 "use strict";
 (function () {
+  // For a line of text below each result the pages are fetched, which no browser does from disk.
+  if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined") {
+    DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+  }
+
   // sphinx_highlight.js marks nothing where the search's own script is loaded, and the
   // theme loads that on every page. Only on the page of results is it right to leave it.
   function mark() {
     if (typeof SphinxHighlight === "undefined" || document.getElementById("search-results")) return;
     SphinxHighlight.highlightSearchWords();
     setTimeout(() => {
-      const found = document.querySelector("article .highlighted");
+      const seen = (place) => place.getClientRects().length || place.closest("details");
+      const found = [...document.querySelectorAll("article .highlighted")].find(seen);
       if (!found) return;
       const folded = found.closest("details");
       if (folded) folded.open = true;
