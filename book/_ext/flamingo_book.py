@@ -19,7 +19,7 @@ from docutils import nodes
 from pybtex.richtext import Text
 from pybtex.style.formatting.unsrt import Style as UnsortedStyle
 from pybtex.style.labels import BaseLabelStyle
-from sphinxcontrib.bibtex.style.referencing import BracketStyle
+from sphinxcontrib.bibtex.style.referencing import BracketStyle, PersonStyle
 from sphinxcontrib.bibtex.style.referencing.author_year import AuthorYearReferenceStyle
 
 DIRECTIVE = re.compile(r"^#\|\s*(default_exp|export)\b[ \t]*(\S*)[ \t]*\n?", re.M)
@@ -258,6 +258,7 @@ def bare():
 class BookReferences(AuthorYearReferenceStyle):
     """Citations as the chapters write them: authors and year, nothing around them."""
 
+    person: PersonStyle = field(default_factory=lambda: PersonStyle(other=" et al."))
     bracket_parenthetical: BracketStyle = field(default_factory=bare)
     bracket_textual: BracketStyle = field(default_factory=bare)
     bracket_author: BracketStyle = field(default_factory=bare)
