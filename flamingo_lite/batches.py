@@ -70,6 +70,12 @@ def _told(row, texts, sequences=None, lot=None):
     return [draw_text(text, *lot, row, i) for i, text in enumerate(several, 1)]
 
 
+def _moved(batch, device):
+    """A batch on a device, but for the labels: the loss wants to count them first."""
+    labels = {"labels": batch["labels"]}
+    return {n: t.to(device, non_blocking=True) for n, t in batch.items()} | labels
+
+
 def make_batch(rows, features, texts, tokenizer, device, sequences=None, lot=None):
     """Some sequences, as the model takes them: dict on `device`.
 
@@ -85,9 +91,7 @@ def make_batch(rows, features, texts, tokenizer, device, sequences=None, lot=Non
     told = [_told(row, texts, sequences, lot) for row in rows]
     parts = some.split([len(numbers) for numbers in own])  # (T_img, F, v, d_img) each
     batch = collate(list(zip(parts, told, strict=True)), tokenizer)
-    labels = batch.pop("labels")  # they stay: a GPU need not be asked where they are
-    moved = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-    return {**moved, "labels": labels}
+    return _moved(batch, device)
 
 
 def count_tokens(texts, tokenizer):
@@ -223,9 +227,3 @@ class Examples:
         some = ", ".join(repr(self.texts[row])[:60] for row in (bad or rows)[:3])
         more = ", …" * (len(bad or rows) > 3)
         return f"{says}: pictures {numbers} of the batch, with the texts {some}{more}"
-
-
-def _moved(batch, device):
-    """A batch on a device, but for the labels: the loss wants to count them first."""
-    labels = {"labels": batch["labels"]}
-    return {n: t.to(device, non_blocking=True) for n, t in batch.items()} | labels

@@ -8,17 +8,24 @@ The checked-in tree is never changed.
 """
 
 import argparse
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import nbformat
 from export_play import write_weights
+from pages import title_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
+MADE_WITH = """torch torchvision transformers tokenizers safetensors open_clip_torch
+einops numpy pillow matplotlib jupyter-book sphinx""".split()
 PARTS = ["_config.yml", "_toc.yml", "book", "data", "flamingo_lite", "tools"]
 
 
@@ -42,6 +49,54 @@ def copy_book(target):
             shutil.copy(source, target / part)
 
 
+def processor():
+    """What the machine's processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [x.split(":", 1)[1] for x in lines if x.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def colophon(book, times):
+    """The page that says with what, and on what, the book was made.
+
+    Args:
+        book: the folder of the notebooks.
+        times: {notebook: seconds} of the last run of all of them; {} if unknown.
+    """
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    rows = [
+        ("system", f"{platform.system()} {platform.machine()}"),
+        ("processor", f"{processor()}, {os.cpu_count()} in all"),
+        ("GPU", gpu),
+        ("Python", platform.python_version()),
+    ]
+    for name in MADE_WITH:
+        try:
+            rows.append((name, version(name)))
+        except PackageNotFoundError:
+            continue
+    page = "# Colophon\n\nWhat these pages were rendered with, and where.\n\n"
+    page += "| what | which |\n|:--|:--|\n"
+    page += "".join(f"| {name} | {says} |\n" for name, says in rows)
+    page += "\n## How long the notebooks run\n\n"
+    if not times:
+        page += "These pages show outputs that are stored in the notebooks. "
+        page += "`make book` runs them, and then this page says how long each took.\n"
+        return page
+    page += "From top to bottom, one after the other, on the machine above.\n\n"
+    page += "| chapter | seconds |\n|:--|--:|\n"
+    for name, seconds in times.items():
+        title = title_of(nbformat.read(book / name, as_version=4))
+        page += f"| [{title}]({name}) | {seconds:.0f} |\n"
+    page += f"| all | {sum(times.values()):.0f} |\n"
+    return page
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="run the notebooks first")
@@ -49,8 +104,12 @@ def main():
     started = time.perf_counter()
     copy = BUILD / ("run" if args.run else "stored")
     copy_book(copy)
+    times = copy / "times.json"
     if args.run:
-        call(sys.executable, copy / "tools" / "run_notebooks.py", cwd=copy)
+        run = copy / "tools" / "run_notebooks.py"
+        call(sys.executable, run, "--times", times, cwd=copy)
+    seconds = json.loads(times.read_text()) if times.exists() else {}
+    (copy / "book" / "colophon.md").write_text(colophon(copy / "book", seconds))
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
     call(
         jupyter_book,

@@ -6,6 +6,7 @@ python tools/run_notebooks.py book/03_*.ipynb   these
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -48,9 +49,10 @@ def run(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path)
-    paths = parser.parse_args().notebooks or sorted(
-        (ROOT / "book").glob("[0-9A-Z]*.ipynb")
-    )
+    parser.add_argument("--times", type=Path, help="a file for the seconds of each")
+    args = parser.parse_args()
+    paths = args.notebooks or sorted((ROOT / "book").glob("[0-9A-Z]*.ipynb"))
+    seconds = {}
     os.environ.setdefault("FLAMINGO_LITE_SIZE", "tiny")
     for path in paths:
         started = time.perf_counter()
@@ -58,7 +60,10 @@ def main():
             run(path)
         except CellExecutionError as error:
             sys.exit(f"{path.name}: {error}")
-        print(f"{path.name}: {time.perf_counter() - started:.0f} s", flush=True)
+        seconds[path.name] = time.perf_counter() - started
+        print(f"{path.name}: {seconds[path.name]:.0f} s", flush=True)
+    if args.times:
+        args.times.write_text(json.dumps(seconds))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Write the package from the notebooks, and each notebook's setup cell and Colab link.
+"""Write the package from the notebooks, and what else must be in step with them.
 
     python tools/sync.py            write what is out of step
     python tools/sync.py --check    write nothing; exit 1 and name what is out of step
+    python tools/sync.py --repository OWNER/NAME    the book's address on GitHub, first
+
+Each notebook's setup cell and Colab link, and the pages of `tools/pages.py`.
 
 A cell that starts with `#| default_exp NAME` names the module, and the cells that start
 with `#| export` make it up (nbdev's directives). The repository's address comes from
@@ -19,6 +22,9 @@ from pathlib import Path
 
 import nbformat
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from pages import api_page, exercises_page, stamp_scores, stamp_times, title_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTIVE = re.compile(r"^#\|\s*(default_exp|export)\b[ \t]*(\S*)[ \t]*\n?", re.M)
@@ -119,14 +125,33 @@ def export(path, notebook):
     return module, head + "\n\n\n".join(parts) + "\n", names
 
 
+def set_repository(config, name):
+    """_config.yml's text with another address.
+
+    Args:
+        config: the text.
+        name: "OWNER/NAME" on GitHub.
+    """
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", name):
+        sys.exit(f"--repository wants OWNER/NAME, got {name!r}")
+    return re.sub(
+        r"^(  url: ).*$", rf"\g<1>https://github.com/{name}", config, flags=re.M
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args().check
-    repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    parser.add_argument("--repository", metavar="OWNER/NAME", help="set the address")
+    args = parser.parse_args()
+    check, config = args.check, (ROOT / "_config.yml").read_text()
+    if args.repository:
+        config = set_repository(config, args.repository)
+    repository = yaml.safe_load(config)["repository"]
     setup = SETUP.format(**repository)
     slug = repository["url"].removeprefix("https://github.com/")
-    wanted, home = {}, {}
+    wanted, home = {ROOT / "_config.yml": config}, {}
+    notebooks, modules = {}, []
     for path in sorted((ROOT / "book").glob("[0-9A-Z]*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         found = [c for c in notebook.cells if "setup" in c.metadata.get("tags", [])]
@@ -140,9 +165,11 @@ def main():
         if (found[0].source, title.source) != (setup, new_title):
             found[0].source, title.source = setup, new_title
             wanted[path] = nbformat.writes(notebook) + "\n"
+        notebooks[path.name] = notebook
         exported = export(path, notebook)
         if exported:
             module, source, names = exported
+            modules.append((module, path.name, title_of(notebook)))
             wanted[ROOT / "flamingo_lite" / f"{module}.py"] = source
             home |= dict.fromkeys(names, module)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -153,6 +180,14 @@ def main():
     )
     if "run_command" in home:
         wanted[ROOT / "flamingo_lite" / "__main__.py"] = MAIN
+    book = ROOT / "book"
+    wanted[book / "exercises.md"] = exercises_page(notebooks)
+    wanted[book / "api.md"] = api_page(modules)
+    landing = (book / "intro.md").read_text()
+    landing = stamp_times(landing, notebooks)
+    if "09_training.ipynb" in notebooks:
+        landing = stamp_scores(landing, notebooks["09_training.ipynb"])
+    wanted[book / "intro.md"] = landing
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     for path in sorted((ROOT / "flamingo_lite").glob("*.py")):
         if path not in wanted:

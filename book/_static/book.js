@@ -1,0 +1,36 @@
+// What the theme leaves undone: a search without a server, its words marked where a result
+// lands, and folded solutions opened on paper.
+"use strict";
+(function () {
+  // For a line of text below each result the pages are fetched, which no browser does from disk.
+  if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined") {
+    DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+  }
+
+  // sphinx_highlight.js marks nothing where the search's own script is loaded, and the
+  // theme loads that on every page. Only on the page of results is it right to leave it.
+  function mark() {
+    if (typeof SphinxHighlight === "undefined" || document.getElementById("search-results")) return;
+    SphinxHighlight.highlightSearchWords();
+    setTimeout(() => {
+      const seen = (place) => place.getClientRects().length || place.closest("details");
+      const found = [...document.querySelectorAll("article .highlighted")].find(seen);
+      if (!found) return;
+      const folded = found.closest("details");
+      if (folded) folded.open = true;
+      if (!location.hash) found.scrollIntoView({ block: "center" });
+    }, 50);
+  }
+
+  let opened = [];
+  window.addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("article details:not([open])")];
+    opened.forEach((folded) => { folded.open = true; });
+  });
+  window.addEventListener("afterprint", () => {
+    opened.forEach((folded) => { folded.open = false; });
+  });
+
+  if (document.readyState === "loading") addEventListener("DOMContentLoaded", mark);
+  else mark();
+})();

@@ -1,0 +1,466 @@
+"""The pages around the chapters: in step with the notebooks, linked, and usable.
+
+The first half reads the sources. The second looks at the rendered book, _build/html,
+with its own parser and in headless Chromium, found by CHROMIUM or on the PATH; without
+a rendered book, or a Chromium, one line says what was not looked at.
+"""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+import yaml
+from conftest import ROOT
+from test_play import CHROMIUM, sync_playwright, watched
+
+sys.path.insert(0, str(ROOT / "tools"))
+import pages
+import sync
+
+BOOK = ROOT / "book"
+HTML = ROOT / "_build" / "html"
+PAGES = sorted(BOOK.glob("*.md"))
+NOTEBOOKS = {
+    path.name: nbformat.read(path, as_version=4)
+    for path in sorted(BOOK.glob("[0-9A-Z]*.ipynb"))
+}
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def text_of(path):
+    """A page's Markdown, or that of a notebook's Markdown cells; no code blocks."""
+    if path.suffix == ".ipynb":
+        cells = NOTEBOOKS[path.name].cells
+        text = "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
+    else:
+        text = path.read_text()
+    return re.sub(r"^```(?!\{glossary).*?^```", "", text, flags=re.M | re.S)
+
+
+def slug(heading):
+    """A heading's anchor, as GitHub and MyST make it."""
+    heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(path):
+    """Anchors of a page's headings down to the third level; a second one gets -1."""
+    found = []
+    for heading in re.findall(r"^#{1,3} (.*)$", text_of(path), re.M):
+        one = slug(heading)
+        n = found.count(one)
+        found.append(f"{one}-{n}" if n else one)
+    return set(found)
+
+
+def broken_links(path, text):
+    """Links of a page to a file or a heading that is not there."""
+    broken = []
+    for target in LINK.findall(text):
+        if re.match(r"\w+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        there = path.parent / name if name else path
+        if not there.exists():
+            broken.append(target)
+        elif anchor and there.suffix in (".md", ".ipynb"):
+            if unquote(anchor) not in anchors(there):
+                broken.append(target)
+    return broken
+
+
+# ----------------------------------------------------------------------- sources
+
+
+def test_every_chapter_and_page_is_in_the_table_of_contents():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    listed = [c["file"] for part in toc["parts"] for c in part["chapters"]]
+    listed.append(toc["root"])
+    assert len(listed) == len(set(listed))
+    there = {f"book/{path.stem}" for path in [*PAGES, *BOOK.glob("[0-9A-Z]*.ipynb")]}
+    assert set(listed) == there
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_and_anchors_of_a_page_resolve(path):
+    assert broken_links(path, text_of(path)) == []
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_links_of_a_chapter_resolve(name):
+    assert broken_links(BOOK / name, text_of(BOOK / name)) == []
+
+
+def test_a_broken_link_is_found():
+    links = "[a](nowhere.md) [b](intro.md#no-such) [c](#no) [d](intro.md#the-map)"
+    found = broken_links(PAGES[0], links)
+    assert found == ["nowhere.md", "intro.md#no-such", "#no"]
+
+
+def test_the_exercises_page_has_every_exercise():
+    page = (BOOK / "exercises.md").read_text()
+    assert page == pages.exercises_page(NOTEBOOKS)
+    for name, notebook in NOTEBOOKS.items():
+        written = re.findall(
+            r"\*\*Exercise (\S+)\*\*", "\n".join(c.source for c in notebook.cells)
+        )
+        known = [exercise["number"] for exercise in pages.exercises_of(notebook)]
+        assert known == written, f"{name}: a line `> **Exercise …` has another form"
+        assert all(f"**[{number}]({name}#" in page for number in written)
+
+
+def test_an_exercise_is_read():
+    ask = "> **Exercise 3.2** ●●○ · break and mend · 10 min. Swap\n> them.\n\nNot this."
+    cells = [nbformat.v4.new_markdown_cell(ask), nbformat.v4.new_code_cell("n = None")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    (found,) = pages.exercises_of(notebook)
+    assert found["text"] == "Swap them." and found["minutes"] == "10"
+    assert found["kind"] == "break and mend" and found["dots"] == "●●○"
+    cells[0].source = "> **Exercise 3.2** ●○○ · 5 min. What is n?"
+    assert pages.exercises_of(notebook)[0]["kind"] == "predict"
+
+
+def test_the_api_page_has_every_module():
+    page = (BOOK / "api.md").read_text()
+    modules = {path.stem for path in (ROOT / "flamingo_lite").glob("*.py")}
+    found = set(re.findall(r"automodule:: flamingo_lite\.(\w+)", page))
+    assert found == {m for m in modules if not m.startswith("__")}
+
+
+def test_the_landing_page_has_the_times_of_the_chapters():
+    page = (BOOK / "intro.md").read_text()
+    assert page == pages.stamp_times(page, NOTEBOOKS)
+    times = {name: pages.minutes_of(notebook) for name, notebook in NOTEBOOKS.items()}
+    for name, minutes in times.items():
+        row = next(x for x in page.splitlines() if x.startswith("|") and name in x)
+        assert str(minutes) in row.rsplit("|", 2)[1]
+    assert f"<b>{pages.hours(sum(times.values()))}</b> in all" in page
+    assert pages.hours(45) == "45 minutes" and pages.hours(450) == "7½ hours"
+
+
+def test_a_new_chapter_gets_a_row():
+    page = "| [1. One](01_one.ipynb) | a | b | 5 min |\n| [3](03_c.ipynb) | a | b | |\n"
+    source = "# 2. Two\n\nYou build:\n`two` · Time: 10 min"
+    two = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(source)])
+    one = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# 1. One")])
+    names = {"01_one.ipynb": one, "02_two.ipynb": two, "03_c.ipynb": one}
+    rows = pages.stamp_times(page, names).splitlines()
+    assert rows[1] == "| [2. Two](02_two.ipynb) | `two` |  | 10 min |"
+    assert len(rows) == 3
+
+
+def test_the_landing_page_has_the_losses_of_chapter_9():
+    page = (BOOK / "intro.md").read_text()
+    stamped = pages.stamp_scores(page, NOTEBOOKS["09_training.ipynb"])
+    assert page == stamped
+    assert re.search(r"<!-- scores -->.*\d\.\d\d and \d\.\d\d.*<!--", page)
+
+
+def symptoms():
+    """{heading: text} of What goes wrong."""
+    parts = re.split(r"^### ", text_of(BOOK / "what_goes_wrong.md"), flags=re.M)[1:]
+    return {part.split("\n", 1)[0]: part.split("\n", 1)[1] for part in parts}
+
+
+@pytest.mark.parametrize("symptom", symptoms())
+def test_a_symptom_has_a_cause_a_cure_and_a_cell(symptom):
+    text = symptoms()[symptom]
+    assert "**Cause.**" in text and "**Do.**" in text
+    see = text.split("**See it.**", 1)[1].split("**Others.**")[0]
+    shown = [link for link in LINK.findall(see) if ".ipynb#" in link]
+    assert shown, "no link to a place in a chapter"
+    places = [link.split("#") for link in shown]
+    assert any(has_code_below(NOTEBOOKS[name], anchor) for name, anchor in places)
+
+
+def has_code_below(notebook, anchor):
+    """True if a code cell stands below this heading and before the next of its rank."""
+    rank = None
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and rank:
+            return True
+        if cell.cell_type != "markdown":
+            continue
+        for marks, heading in re.findall(r"^(#+) (.*)$", cell.source, re.M):
+            if rank and len(marks) <= rank:
+                return False
+            if slug(heading) == anchor:
+                rank = len(marks)
+    return False
+
+
+def test_a_heading_without_a_cell_is_found():
+    cells = [nbformat.v4.new_markdown_cell("## One\n\ntext\n\n## Two")]
+    cells.append(nbformat.v4.new_code_cell("1"))
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    assert has_code_below(notebook, "two") and not has_code_below(notebook, "one")
+
+
+def terms():
+    """{the words of an entry: its definition} of the glossary."""
+    body = (BOOK / "glossary.md").read_text().split("```{glossary}\n")[1]
+    found = {}
+    for entry in body.split("```")[0].strip().split("\n\n"):
+        *words, says = entry.split("\n")
+        found[tuple(words)] = says
+    return found
+
+
+def test_the_glossary_is_in_order_and_each_entry_leads_somewhere():
+    first = [words[0].lower() for words in terms()]
+    assert first == sorted(first) and len(first) == len(set(first))
+    assert all(says.startswith("  ") and LINK.search(says) for says in terms().values())
+
+
+def test_every_cited_paper_is_in_the_bibliography():
+    known = (BOOK / "references.bib").read_text()
+    cited = set()
+    for path in [*PAGES, *(BOOK / name for name in NOTEBOOKS)]:
+        cited |= set(re.findall(r"arxiv\.org/abs/(\d+\.\d+)", text_of(path)))
+        cited |= set(re.findall(r"\barXiv (\d{4}\.\d{5})", text_of(path)))
+        for keys in re.findall(r"\{cite:\w\}`([^`]+)`", text_of(path)):
+            assert all(f"{{{key.strip()}," in known for key in keys.split(",")), keys
+    assert {number for number in cited if number not in known} == set()
+
+
+def test_sync_sets_the_address(tmp_path):
+    config = (ROOT / "_config.yml").read_text()
+    changed = yaml.safe_load(sync.set_repository(config, "somebody/their-book"))
+    assert changed["repository"]["url"] == "https://github.com/somebody/their-book"
+    changed["repository"] = yaml.safe_load(config)["repository"]
+    assert changed == yaml.safe_load(config)
+    for wrong in ("somebody", "a/b/c", "https://github.com/a/b", "a/b c"):
+        with pytest.raises(SystemExit, match="OWNER/NAME"):
+            sync.set_repository(config, wrong)
+
+
+def test_the_workflows_are_right():
+    paths = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert paths
+    for path in paths:
+        assert yaml.safe_load(path.read_text())["jobs"]
+    try:
+        done = subprocess.run(
+            ["actionlint", *paths], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        pytest.skip("no actionlint: the workflows are read, not checked")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------- rendered
+
+
+class Rendered(HTMLParser):
+    """Ids and links of a page, and the scripts and meta tags of its head."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.scripts, self.meta = set(), [], [], {}
+        self.math = False
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids.add(attributes.get("id"))
+        self.math |= "math" in (attributes.get("class") or "").split()
+        if tag == "a" and attributes.get("href"):
+            self.links.append(attributes["href"])
+        if tag == "script" and attributes.get("src"):
+            self.scripts.append(attributes["src"])
+        if tag == "meta":
+            name = attributes.get("name") or attributes.get("property")
+            self.meta[name] = attributes.get("content")
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    """{page: Rendered} of the book in _build/html."""
+    if not (HTML / "index.html").is_file():
+        pytest.skip("no rendered book: run tools/build.py, then its pages are tested")
+    newest = max(path.stat().st_mtime for path in BOOK.rglob("*.[mic][dps]*"))
+    if newest > (HTML / "index.html").stat().st_mtime:
+        pytest.skip("the rendered book is older than its sources: run tools/build.py")
+    return {path: Rendered(path) for path in sorted(HTML.rglob("*.html"))}
+
+
+def test_links_and_anchors_of_the_rendered_pages_resolve(rendered):
+    broken = []
+    for path, page in rendered.items():
+        for link in page.links:
+            address = urlsplit(link)
+            if address.scheme or address.netloc:
+                continue
+            there = (path.parent / unquote(address.path)).resolve()
+            there = path if not address.path else there
+            if not there.exists():
+                broken.append((path.name, link))
+            elif address.fragment and there in rendered:
+                if unquote(address.fragment) not in rendered[there].ids:
+                    broken.append((path.name, link))
+    assert broken == []
+
+
+def test_every_word_of_the_glossary_is_linked(rendered):
+    linked = {
+        urlsplit(link).fragment
+        for path, page in rendered.items()
+        for link in page.links
+        if "glossary.html#" in link and path.stem != "glossary"
+    }
+    lonely = [
+        words
+        for words in terms()
+        if not any(f"term-{word.replace(' ', '-')}" in linked for word in words)
+    ]
+    assert lonely == []
+
+
+def test_a_page_without_a_formula_loads_no_mathjax(rendered):
+    loads = {
+        path.stem
+        for path, page in rendered.items()
+        if any("mathjax" in script for script in page.scripts)
+    }
+    assert loads == {path.stem for path, page in rendered.items() if page.math}
+    assert "03_cross_attention" in loads
+
+
+def test_every_page_says_what_it_is(rendered):
+    said = {}
+    for path, page in rendered.items():
+        if path.parent.name == "book":
+            assert page.meta.get("og:title") and page.meta.get("description"), path
+            said[path.stem] = page.meta["description"]
+    assert len(set(said.values())) > len(said) - 2
+
+
+def test_while_the_address_is_unset_no_button_is_dead(rendered):
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    if "/OWNER/" not in config["repository"]["url"]:
+        pytest.skip("the book has an address")
+    for path, page in rendered.items():
+        assert not [link for link in page.links if "/OWNER/" in link], path
+
+
+# --------------------------------------------------------------------- Chromium
+
+
+@pytest.fixture(scope="module")
+def browser(rendered):
+    if not CHROMIUM or sync_playwright is None:
+        pytest.skip("no Chromium or no playwright: the pages are not looked at")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
+
+
+OVER = """() => document.documentElement.scrollWidth
+    - document.documentElement.clientWidth"""
+CONTRAST = """() => {
+  const read = (c) => (c.match(/[\\d.]+/g) || []).map(Number);
+  const light = (c) => { const [r, g, b] = c.slice(0, 3).map((v) => {
+    v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const ground = (e) => { for (; e; e = e.parentElement) {
+    const c = read(getComputedStyle(e).backgroundColor);
+    if (c.length && (c.length < 4 || c[3] > 0.99)) return c; }
+    return [255, 255, 255]; };
+  const found = new Set();
+  const walk = document.createTreeWalker(document.querySelector("article"), 4);
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement, style = getComputedStyle(e);
+    if (!walk.currentNode.textContent.trim() || !e.getClientRects().length) continue;
+    if (e.closest("svg, style, script, noscript, [hidden], :disabled")) continue;
+    if (style.visibility === "hidden" || Number(style.opacity) < 0.1) continue;
+    const a = light(read(style.color)), b = light(ground(e));
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) found.add(`${e.tagName}.${e.className} ${ratio.toFixed(2)} `
+      + walk.currentNode.textContent.trim().slice(0, 30));
+  }
+  return [...found].slice(0, 8);
+}"""
+STEMS = [path.stem for path in PAGES]
+
+
+@pytest.fixture(scope="module")
+def looked_at(browser):
+    """{(page, mode): (pixels too wide at 390, complaints, weak contrasts)}."""
+    found = {}
+    for mode in ("light", "dark"):
+        address = (HTML / "book" / "intro.html").as_uri()
+        page, faults = watched(browser, address, width=390, color_scheme=mode)
+        for stem in [*STEMS, *(name.removesuffix(".ipynb") for name in NOTEBOOKS)]:
+            faults.clear()
+            page.goto(address.replace("intro.html", f"{stem}.html"))
+            weak = page.evaluate(CONTRAST) if stem in STEMS else []
+            found[stem, mode] = (page.evaluate(OVER), list(faults), weak)
+        page.close()
+    return found
+
+
+def test_no_page_scrolls_sideways_on_a_phone(looked_at):
+    assert {key: row[0] for key, row in looked_at.items() if row[0] > 0} == {}
+
+
+def test_no_page_complains_or_asks_the_network(looked_at):
+    assert {key: row[1] for key, row in looked_at.items() if row[1]} == {}
+
+
+def test_text_stands_out_from_its_ground(looked_at):
+    assert {key: row[2] for key, row in looked_at.items() if row[2]} == {}
+
+
+def test_a_weak_contrast_and_a_wide_page_are_found(browser):
+    address = "data:text/html,<article><p style='color:%23999'>pale</p>"
+    address += "<p style='width:900px'>wide</p></article>"
+    page, _ = watched(browser, address, width=390)
+    assert page.evaluate(OVER) > 0
+    assert "pale" in page.evaluate(CONTRAST)[0]
+    page.close()
+
+
+def test_the_map_leads_to_the_chapters(browser):
+    page, faults = watched(browser, (HTML / "book" / "intro.html").as_uri())
+    links = page.locator("svg.model-map a")
+    targets = links.evaluate_all("all => all.map((a) => a.getAttribute('href'))")
+    assert {f"{c}" for c in range(1, 12)} - {"7"} <= {
+        re.match(r"0*(\w+?)_", target)[1] for target in targets
+    }
+    assert all((HTML / "book" / target).is_file() for target in targets)
+    links.nth(3).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/02_perceiver.html")
+    assert not faults
+    page.close()
+
+
+def test_a_search_lands_at_the_marked_word(browser):
+    page, faults = watched(browser, (HTML / "search.html").as_uri() + "?q=finger")
+    page.locator("#search-results li a", has_text="3. Masked").click()
+    marked = page.locator("article .highlighted:visible").first
+    marked.wait_for(timeout=20_000)
+    page.wait_for_timeout(500)
+    assert "finger" in marked.inner_text().lower()
+    assert 0 < marked.bounding_box()["y"] < 900
+    assert not faults
+    page.close()
+
+
+def test_on_paper_solutions_are_open(browser):
+    address = (HTML / "book" / "03_cross_attention.html").as_uri()
+    page, _ = watched(browser, address)
+    closed = "document.querySelectorAll('article details:not([open])').length"
+    assert page.evaluate(closed) > 0
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(closed) == 0
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(closed) > 0
+    page.close()
