@@ -9,7 +9,7 @@ seed, so a batch is the same on every device.
     python tools/atlas.py --out sheet.png    sixty scenes, to look at
     python tools/atlas.py --time             scenes per second, beside Pillow's
 
-Shapes: an atlas is (drawings, 4, 64, 64) bytes, RGBA; a scene has up to two layers;
+Shapes: an atlas is (drawings, 4, 64, 64) bytes, RGBA; a scene has two layers or more;
 pictures are (B, 3, 64, 64) in 0 … 1.
 """
 
@@ -92,28 +92,30 @@ class Atlas:
         pixels: (drawings, 4, 64, 64) uint8. A drawing in one ink has its paper in RGB:
             0 where the ink is, 255 where the paper shows.
         inked: (drawings,) bool: is it drawn in one ink, whose colour is free?
+        hands: for each drawing whose it is.
         of: {thing: {sort: [numbers of drawings]}}.
     """
 
     def __init__(self, rows, device="cpu", copies=True):
-        pixels, inked, self.of = [], [], {}
+        pixels, inked, self.of, self.hands = [], [], {}, []
 
-        def add(thing, sort, drawing, one_ink):
-            numbers = self.of.setdefault(thing, {}).setdefault(sort, [])
+        def add(row, sort, drawing, one_ink):
+            numbers = self.of.setdefault(row["thing"], {}).setdefault(sort, [])
             numbers.append(len(pixels))
             pixels.append(np.asarray(drawing).transpose(2, 0, 1))
             inked.append(one_ink)
+            self.hands.append(row["studio"])
 
         for row in rows:
             with Image.open(row["path"]) as picture:
                 drawing = picture.convert("RGBA")
             one_ink = row["sort"] == "silhouette"
-            add(row["thing"], row["sort"], drawing, one_ink)
+            add(row, row["sort"], drawing, one_ink)
             if copies and not one_ink:
                 width = 3 if zlib.crc32(row["file_name"].encode()) % 2 else 5
                 flat, lines = outlined(drawing, width)
-                add(row["thing"], "copies", flat, False)
-                add(row["thing"], "copies", lines, True)
+                add(row, "copies", flat, False)
+                add(row, "copies", lines, True)
         self.pixels = torch.from_numpy(np.stack(pixels)).to(device)
         self.inked = torch.tensor(inked, device=device)
         whole = premultiply(self.pixels)
@@ -256,18 +258,19 @@ def compose(atlas, numbers, plan):
 
     Args:
         atlas: an Atlas.
-        numbers: (B, 2) int64 on the CPU, which drawings; -1 for none.
+        numbers: (B, layers) int64 on the CPU, which drawings; -1 for none.
         plan: from `plain_numbers` or `free_numbers`, on the CPU.
 
     Returns:
         (B, 3, 64, 64) floats in 0 … 1, on the atlas's device.
     """
     B, device = len(numbers), atlas.device
-    theta = torch.stack([affine(plan, layer) for layer in (0, 1)]).to(device)
-    small = (plan["size"] < SMALL) & (numbers >= 0)  # (B, 2)
-    large = (plan["size"] >= SMALL) & (numbers >= 0)  # (B, 2)
+    layers = range(numbers.shape[1])
+    theta = torch.stack([affine(plan, layer) for layer in layers]).to(device)
+    small = (plan["size"] < SMALL) & (numbers >= 0)  # (B, layers)
+    large = (plan["size"] >= SMALL) & (numbers >= 0)  # (B, layers)
     canvas = ground({k: v.to(device) for k, v in plan.items()}, B)  # (B, 3, 64, 64)
-    for layer in (0, 1):
+    for layer in layers:
         laid = torch.zeros(B, 4, SIZE, SIZE, device=device)
         for chosen, halved in ((small, True), (large, False)):
             where = chosen[:, layer].nonzero()[:, 0]

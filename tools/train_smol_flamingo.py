@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from lessons import teach  # noqa: E402
+from lessons import add_hands, teach  # noqa: E402
 from tokenizers.processors import ByteLevel  # noqa: E402
 
 from flamingo_lite import build_flamingo, load_flamingo, save_flamingo  # noqa: E402
@@ -48,6 +48,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64, help="pictures")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    add_hands(parser)
     parser.add_argument("--threads", type=int, default=2)
     no_start = "the tokenizer puts no start token: chapter 10 tells what comes of it"
     parser.add_argument("--no-start", action="store_true", help=no_start)

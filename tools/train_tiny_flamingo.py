@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from lessons import SHARES, teach  # noqa: E402
+from lessons import SHARES, add_hands, teach  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from flamingo_lite import (  # noqa: E402
@@ -62,6 +62,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    add_hands(parser)
     parser.add_argument("--threads", type=int, default=2)
     cache = Path.home() / ".cache/flamingo_lite/flamingo"
     parser.add_argument("--checkpoints", type=Path, default=cache)
