@@ -18,11 +18,11 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from atlas import Atlas, compose, free_numbers, weather  # noqa: E402
+from atlas import Atlas, compose, free_numbers, read_rows, weather  # noqa: E402
 from einops import rearrange  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from flamingo_lite import load_captions, make_scenes  # noqa: E402
+from flamingo_lite import make_scenes  # noqa: E402
 from flamingo_lite.data import SIZE  # noqa: E402
 from flamingo_lite.tasks import NUMBERS  # noqa: E402
 
@@ -37,14 +37,14 @@ def hand_rows(named=True):
     An icon set may have several drawings of a thing, and `load_sprites` keeps one for
     each studio.
     """
-    rows = load_captions(DATA / "hands")
+    rows = read_rows(DATA / "hands")
     rows = [{**row, "studio": row["file_name"]} for row in rows]
     return [row for row in rows if row["named"] or not named]
 
 
 def sets_to_test(named=True):
     """Rows to test on: {"trained studios", "Twemoji", "OpenMoji", CLIP_ART: rows}."""
-    emoji = load_captions(DATA / "emoji")
+    emoji = read_rows(DATA / "emoji")
     emoji = [row for row in emoji if row["named"] or not named]
     sets = {"trained studios": [row for row in emoji if row["trained"]]}
     for name, studio in UNSEEN.items():

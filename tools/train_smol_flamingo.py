@@ -10,7 +10,7 @@
 The lessons are those of tools/lessons.py in other shares, more than half of them naming
 prompts, of up to fifteen demonstrations; no made-up word is ever bound to a thing that
 is kept unnamed. The Perceiver starts as the tiny Flamingo's, which reads the same CLIP.
-Writes data/smol_flamingo: flamingo.safetensors (half precision), config.json,
+Writes data/smol_flamingo: flamingo.safetensors (matrices in eight bits), config.json,
 training.log; with --no-start, the folder of the checkpoints.
 """
 
@@ -74,7 +74,7 @@ def main():
     model.perceiver.load_state_dict(tiny.perceiver.state_dict())
     shares = {name: int(n * args.share) for name, n in SHARES.items()}
     _, log = teach(built, shares, 200 + args.seed, 50, args, longest=15)
-    save_flamingo(model, args.out, dtype=torch.float16)
+    save_flamingo(model, args.out, dtype=torch.float16, bits=8)
     (args.out / "training.log").write_text("\n".join(log) + "\n")
 
 
