@@ -238,9 +238,10 @@ def affine(plan, layer):
     centre = plan["place"][:, layer] + size[:, None] / 2  # (B, 2)
     centre = centre * 2 / SIZE - 1
     one, nought = torch.ones_like(size), torch.zeros_like(size)
-    angle = plan.get("angle", torch.zeros(1, 2))[:, layer].expand_as(size)
-    shear = plan.get("shear", torch.zeros(1, 2))[:, layer].expand_as(size)
-    narrow = plan.get("narrow", torch.ones(1, 2, 2))[:, layer].expand(len(size), 2)
+    upright, full = torch.zeros(1, layer + 1), torch.ones(1, layer + 1, 2)
+    angle = plan.get("angle", upright)[:, layer].expand_as(size)
+    shear = plan.get("shear", upright)[:, layer].expand_as(size)
+    narrow = plan.get("narrow", full)[:, layer].expand(len(size), 2)
     flip = torch.where(plan["mirror"][:, layer], -one, one)
 
     def matrix(a, b, c, d):
