@@ -152,15 +152,16 @@ def test_who_draws_them_changes_no_lesson(few, emoji):
 
 
 def test_a_new_word_is_asked_about_another_hands_drawing(few, emoji):
-    seen = []
+    painter, seen = hands.Painter(few, 6), []
+    pick = painter.atlas.pick
 
-    class Noted(hands.Painter):
-        def __call__(self, scenes):
-            pictures = super().__call__(scenes)
-            seen.extend(scene["studios"][0] for scene in scenes)
-            return pictures
+    def noted(rng, thing):
+        number = pick(rng, thing)
+        seen.append(painter.atlas.hands[number])  # who really drew it
+        return number
 
-    lessons = Lessons(lambda some: torch.zeros(len(some)), Noted(few, 6))
+    painter.atlas.pick = noted
+    lessons = Lessons(lambda some: torch.zeros(len(some)), painter)
     lessons.naming_prompts(emoji, 20, 300, 0)
     for sequence in lessons.sequences:
         *shown, asked = (seen[number] for number in sequence)
@@ -174,6 +175,9 @@ def test_tensors_are_encoded_as_pictures_are(few, emoji):
     pictures = [scene["picture"] for scene in make_scenes(emoji, 5, seed=7)]
     pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures]))
     ours = encode_tensors(encoder, pixels.permute(0, 3, 1, 2) / 255)
+    assert torch.equal(
+        encode_tensors(encoder.visual, pixels.permute(0, 3, 1, 2) / 255), ours
+    )
     theirs = encode_pictures(encoder, image_processor, pictures)
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=5e-3)
@@ -207,7 +211,7 @@ def test_plain_batches_stand_upright_on_a_level_pale_ground(few):
 
 
 def test_the_data_stay_small():
-    """The book promises that a clone is quick: 45 MB of pictures and weights at most."""
+    """A clone should be quick: 45 MB of pictures and weights at most."""
     sizes = [path.stat().st_size for path in DATA.rglob("*") if path.is_file()]
     assert sum(sizes) < 45e6
 

@@ -47,7 +47,7 @@ from flamingo_lite import (  # noqa: E402
     to_learn,
     train,
 )
-from flamingo_lite.data import SIZE, interleave  # noqa: E402
+from flamingo_lite.data import interleave  # noqa: E402
 from flamingo_lite.fewshot import QUESTIONS  # noqa: E402
 from flamingo_lite.tasks import TASKS  # noqa: E402
 
@@ -103,9 +103,10 @@ def make_painter(seed, device="cpu"):
 @torch.no_grad()
 def encode_tensors(vision_encoder, pictures, batch_size=96):
     """As `encode_pictures`, of (pictures, 3, 64, 64) in 0 … 1."""
-    parameter = next(vision_encoder.parameters())
+    tower = getattr(vision_encoder, "visual", vision_encoder)
+    parameter = next(tower.parameters())
     tokens = [
-        vision_encoder.visual(some.to(parameter) * 2 - 1)[1].half().cpu()
+        tower(some.to(parameter) * 2 - 1)[1].half().cpu()
         for some in pictures.split(batch_size)
     ]
     return rearrange(torch.cat(tokens), "pictures v d -> pictures 1 v d")
@@ -218,9 +219,6 @@ def make_lessons(
 
     painter = None
     if hands:
-        size, wanted = getattr(encoder.visual, "image_size", SIZE), (SIZE, SIZE)
-        if size not in (SIZE, wanted):
-            raise ValueError(f"this CLIP wants {size} pixels, and hands draw {SIZE}")
         painter = make_painter(seed, next(model.parameters()).device)
     lessons = Lessons(encode, painter, report)
     with tempfile.TemporaryDirectory() as folder:
