@@ -407,8 +407,36 @@ def trained_tensors(model: Flamingo) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _in_bytes(tensors):
+    """Matrices as whole numbers, with a scale for each row: NAME and NAME.scale."""
+    packed = dict(tensors)
+    for name, matrix in tensors.items():
+        if matrix.ndim == 2 and name.endswith(".weight"):
+            scale = matrix.float().abs().amax(dim=1, keepdim=True) / 127  # (rows, 1)
+            scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+            packed[name] = (matrix.float() / scale).round().to(torch.int8)
+            packed[f"{name}.scale"] = scale
+    return packed
+
+
+def _from_bytes(packed, where):
+    """What `_in_bytes` was given, in float32; ValueError names `where`."""
+    scales = {name for name in packed if name.endswith(".scale")}
+    tensors = {name: packed[name] for name in packed if name not in scales}
+    for name in sorted(scales):
+        of, scale = name.removesuffix(".scale"), packed[name]
+        whole = tensors.get(of, torch.empty(0))
+        if whole.dtype != torch.int8 or scale.shape != (len(whole), 1):
+            raise ValueError(f"{where}: {name} is no scale of a matrix in eight bits")
+        tensors[of] = whole.float() * scale.float()
+    return tensors
+
+
 def save_flamingo(
-    model: Flamingo, folder: str | Path, dtype: torch.dtype | None = None
+    model: Flamingo,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    bits: int | None = None,
 ) -> None:
     """Write what was trained, and how the model was built, to a folder.
 
@@ -417,6 +445,7 @@ def save_flamingo(
         folder: made if it is not there; gets `flamingo.safetensors` and `config.json`,
             which says how to build the model and which backbones it needs.
         dtype: e.g. torch.float16 halves the file.
+        bits: 8 keeps each number of a matrix in eight bits, with a scale for each row.
     """
     if model.config.built_with is None:
         raise ValueError(
@@ -425,11 +454,14 @@ def save_flamingo(
             'e.g. {"size": "tiny"}, or for create_model_and_transforms; or keep the '
             "weights alone, with safetensors' save_file(trained_tensors(model), path)"
         )
+    if bits not in (None, 8):
+        raise ValueError(f"bits is 8, or None to keep all in dtype, got {bits!r}")
     config = json.dumps(model.config.built_with, indent=2, default=os.fspath) + "\n"
     tensors = {
         name: tensor.to(dtype or tensor.dtype).contiguous()
         for name, tensor in trained_tensors(model).items()
     }
+    tensors = _in_bytes(tensors) if bits else tensors
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "flamingo.tmp")
@@ -471,6 +503,7 @@ def _read_folder(folder):
         raise OSError(f"{weights} is no safetensors file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{listing} does not describe a model")
+    saved = _from_bytes(saved, weights)
     _check_numbers(config, saved, listing)
     return config, saved
 

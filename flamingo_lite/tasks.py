@@ -174,7 +174,7 @@ def make_tasks(rows, n_tasks, seed, task, held_out=False):
         held_out: True, only pairs kept for testing; False, only the others.
 
     Returns:
-        list of {"picture", "given", "asked", "task", "things"}.
+        list of {"picture", "given", "asked", "task", "things", "scene"}.
 
     Raises:
         ValueError: an unknown task, or there is no pair to draw.
@@ -190,7 +190,8 @@ def make_tasks(rows, n_tasks, seed, task, held_out=False):
     for scene in scenes:
         question, answer, shown = ask(rng, task, scene, things)
         given = f"question: {question} answer:"
-        about = {"task": task, "things": shown, "picture": scene["picture"]}
+        about = {"task": task, "things": shown, "scene": scene}
+        about["picture"] = scene["picture"]
         tasks.append({"given": given, "asked": answer, **about})
     return tasks
 

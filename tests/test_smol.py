@@ -65,7 +65,8 @@ def test_closed_gates_are_the_language_model(plain):
     assert not any("decoder_layer" in n or "vision" in n for n in learning)
     ids = old_tokenizer("a lemon above a tent", return_tensors="pt").input_ids
     pictures = torch.randn(1, 1, 1, 64, 192)  # (B, T_img, F, v, d_img)
-    logits = model(None, ids, vision_features=pictures).logits
+    features = {"vision_features": pictures, "spare_pictures": True}  # no <image>
+    logits = model(None, ids, **features).logits
     assert torch.equal(logits[..., : len(old_tokenizer)], lm(ids).logits)
     assert len(tokenizer) == len(old_tokenizer) + 2
 

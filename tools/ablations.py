@@ -5,10 +5,10 @@
     python tools/ablations.py --steps 20 --seeds 1 --scenes 400 --out FILE    a look
 
 Each variant is trained with the function of chapter 9, from several seeds, on the same
-scenes, for the same number of steps, and writes captions of held-out pairs and of
-single things. The runs are short, so they see a part of the things only. Writes
-data/ablations.json; chapter 11 draws it. A finished run is not repeated: delete the
-file to start again.
+scenes, for the same number of steps, and writes captions of held-out pairs, of single
+things, and of clip art by artists that nothing was trained on. The runs are short, so
+they see a part of the things only. Writes data/ablations.json; chapter 11 draws it. A
+finished run is not repeated: delete the file to start again.
 """
 
 import argparse
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from hands import CLIP_ART, sets_to_test  # noqa: E402
 from torch import nn  # noqa: E402
 
 from flamingo_lite import (  # noqa: E402
@@ -105,6 +106,8 @@ class Lessons:
             "singles": make_scenes(rows, 200, seed=303, pairs=0.0),
             "held-out pairs": make_scenes(rows, 200, 304, pairs=1.0, held_out=True),
         }
+        art = [row for row in sets_to_test()[CLIP_ART] if row["thing"] in things]
+        self.tests[CLIP_ART] = make_scenes(art, 200, seed=306, pairs=0.0)
         self.test_features = {k: self.encode(v) for k, v in self.tests.items()}
         self.test_stories = self.of_stories(
             make_stories(rows, 100, seed=305, held_out=True)

@@ -7,9 +7,10 @@ drawing is laid on its canvas by an affine map. All chance is drawn on the CPU, 
 seed, so a batch is the same on every device.
 
     python tools/atlas.py --out sheet.png    sixty scenes, to look at
-    python tools/atlas.py --time             scenes per second, beside Pillow's
+    python tools/atlas.py --time --json data/atlas_pace.json
+                                             scenes and steps a second, beside Pillow's
 
-Shapes: an atlas is (drawings, 4, 64, 64) bytes, RGBA; a scene has up to two layers;
+Shapes: an atlas is (drawings, 4, 64, 64) bytes, RGBA; a scene has two layers or more;
 pictures are (B, 3, 64, 64) in 0 … 1.
 """
 
@@ -92,28 +93,30 @@ class Atlas:
         pixels: (drawings, 4, 64, 64) uint8. A drawing in one ink has its paper in RGB:
             0 where the ink is, 255 where the paper shows.
         inked: (drawings,) bool: is it drawn in one ink, whose colour is free?
+        hands: for each drawing whose it is.
         of: {thing: {sort: [numbers of drawings]}}.
     """
 
     def __init__(self, rows, device="cpu", copies=True):
-        pixels, inked, self.of = [], [], {}
+        pixels, inked, self.of, self.hands = [], [], {}, []
 
-        def add(thing, sort, drawing, one_ink):
-            numbers = self.of.setdefault(thing, {}).setdefault(sort, [])
+        def add(row, sort, drawing, one_ink):
+            numbers = self.of.setdefault(row["thing"], {}).setdefault(sort, [])
             numbers.append(len(pixels))
             pixels.append(np.asarray(drawing).transpose(2, 0, 1))
             inked.append(one_ink)
+            self.hands.append(row["studio"])
 
         for row in rows:
             with Image.open(row["path"]) as picture:
                 drawing = picture.convert("RGBA")
             one_ink = row["sort"] == "silhouette"
-            add(row["thing"], row["sort"], drawing, one_ink)
+            add(row, row["sort"], drawing, one_ink)
             if copies and not one_ink:
                 width = 3 if zlib.crc32(row["file_name"].encode()) % 2 else 5
                 flat, lines = outlined(drawing, width)
-                add(row["thing"], "copies", flat, False)
-                add(row["thing"], "copies", lines, True)
+                add(row, "copies", flat, False)
+                add(row, "copies", lines, True)
         self.pixels = torch.from_numpy(np.stack(pixels)).to(device)
         self.inked = torch.tensor(inked, device=device)
         whole = premultiply(self.pixels)
@@ -235,9 +238,10 @@ def affine(plan, layer):
     centre = plan["place"][:, layer] + size[:, None] / 2  # (B, 2)
     centre = centre * 2 / SIZE - 1
     one, nought = torch.ones_like(size), torch.zeros_like(size)
-    angle = plan.get("angle", torch.zeros(1, 2))[:, layer].expand_as(size)
-    shear = plan.get("shear", torch.zeros(1, 2))[:, layer].expand_as(size)
-    narrow = plan.get("narrow", torch.ones(1, 2, 2))[:, layer].expand(len(size), 2)
+    upright, full = torch.zeros(1, layer + 1), torch.ones(1, layer + 1, 2)
+    angle = plan.get("angle", upright)[:, layer].expand_as(size)
+    shear = plan.get("shear", upright)[:, layer].expand_as(size)
+    narrow = plan.get("narrow", full)[:, layer].expand(len(size), 2)
     flip = torch.where(plan["mirror"][:, layer], -one, one)
 
     def matrix(a, b, c, d):
@@ -256,18 +260,19 @@ def compose(atlas, numbers, plan):
 
     Args:
         atlas: an Atlas.
-        numbers: (B, 2) int64 on the CPU, which drawings; -1 for none.
+        numbers: (B, layers) int64 on the CPU, which drawings; -1 for none.
         plan: from `plain_numbers` or `free_numbers`, on the CPU.
 
     Returns:
         (B, 3, 64, 64) floats in 0 … 1, on the atlas's device.
     """
     B, device = len(numbers), atlas.device
-    theta = torch.stack([affine(plan, layer) for layer in (0, 1)]).to(device)
-    small = (plan["size"] < SMALL) & (numbers >= 0)  # (B, 2)
-    large = (plan["size"] >= SMALL) & (numbers >= 0)  # (B, 2)
+    layers = range(numbers.shape[1])
+    theta = torch.stack([affine(plan, layer) for layer in layers]).to(device)
+    small = (plan["size"] < SMALL) & (numbers >= 0)  # (B, layers)
+    large = (plan["size"] >= SMALL) & (numbers >= 0)  # (B, layers)
     canvas = ground({k: v.to(device) for k, v in plan.items()}, B)  # (B, 3, 64, 64)
-    for layer in (0, 1):
+    for layer in layers:
         laid = torch.zeros(B, 4, SIZE, SIZE, device=device)
         for chosen, halved in ((small, True), (large, False)):
             where = chosen[:, layer].nonzero()[:, 0]
@@ -384,10 +389,68 @@ def some_scenes(atlas, seed, n, pairs=0.4):
     return weather(compose(atlas, torch.tensor(numbers), plan), plan)
 
 
+def per_second(make, seconds=5):
+    """Scenes a second: `make`, called with 0, 1, 2, …, returns how many it made."""
+    started, n, calls = time.perf_counter(), 0, 0
+    while time.perf_counter() - started < seconds:
+        n += make(calls)
+        calls += 1
+    return round(n / (time.perf_counter() - started))
+
+
+def measure_pace(atlas):
+    """Scenes a second, and training steps of the tiny CLIP a second, for both ways.
+
+    With Pillow a scene is placed as chapter 7 does, and nothing more. A step trains on
+    a batch as large as tools/train_eyes.py has it at first.
+    """
+    import open_clip
+    from train_eyes import make_optimizers, training_step
+
+    rng, drawings = np.random.default_rng(0), []
+    for i in range(200):
+        pixels = atlas.pixels[i].permute(1, 2, 0).cpu().numpy()
+        drawings.append(Image.fromarray(pixels, "RGBA"))
+
+    def with_pillow(n):
+        relation = RELATIONS[n % 2] if n % 5 < 2 else None
+        some = [drawings[i] for i in rng.integers(0, 200, 2 if relation else 1)]
+        draw_scene(rng, some, relation)
+        return 1
+
+    def as_tensors(n):
+        return len(some_scenes(atlas, n, 156))
+
+    scenes = {
+        "with Pillow": per_second(with_pillow),
+        "as tensors": per_second(as_tensors),
+    }
+    folder = DATA / "tiny_clip"
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    config["vision_cfg"]["patch_dropout"] = 0.5
+    model = open_clip.CLIP(**config).to(atlas.device)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    optimizers, captions = make_optimizers(model, 1e-3), [f"a {t}" for t in atlas.of]
+    pixels = some_scenes(atlas, 0, 156) * 2 - 1
+    started, n_steps = time.perf_counter(), 0
+    while time.perf_counter() - started < 20:
+        training_step(model, tokenizer, optimizers, pixels, captions[:156]).item()
+        n_steps += 1
+    step = (time.perf_counter() - started) / n_steps
+    steps = {how: round(1 / (156 / pace + step), 3) for how, pace in scenes.items()}
+    steps["if drawing took no time"] = round(1 / step, 3)
+    return {
+        "scenes a second": scenes,
+        "steps a second, 156 scenes each": steps,
+        "on": {"threads": torch.get_num_threads(), "device": str(atlas.device)},
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write a sheet of scenes")
     parser.add_argument("--time", action="store_true", help="measure both ways")
+    parser.add_argument("--json", type=Path, help="write there what --time found")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -400,22 +463,11 @@ def main():
         sheet = rearrange(pictures, "(i j) c y x -> (i y) (j x) c", j=12)
         Image.fromarray((sheet * 255).byte().numpy()).resize((1536, 640)).save(args.out)
     if args.time:
-        started, n = time.perf_counter(), 0
-        while time.perf_counter() - started < 5:
-            n += len(some_scenes(atlas, n, 160))
-        print(f"as tensors: {n / (time.perf_counter() - started):.0f} scenes a second")
-        rng = np.random.default_rng(0)
-        drawings = [
-            Image.fromarray(atlas.pixels[i].permute(1, 2, 0).numpy(), "RGBA")
-            for i in range(200)
-        ]
-        started, n = time.perf_counter(), 0
-        while time.perf_counter() - started < 5:
-            relation = RELATIONS[n % 2] if n % 5 < 2 else None
-            some = [drawings[i] for i in rng.integers(0, 200, 2 if relation else 1)]
-            draw_scene(rng, some, relation)
-            n += 1
-        print(f"with Pillow: {n / (time.perf_counter() - started):.0f} scenes a second")
+        pace = measure_pace(atlas)
+        for what, numbers in pace.items():
+            print(what, numbers)
+        if args.json:
+            args.json.write_text(json.dumps(pace, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@
 
 Prompts as in chapter 10: tasks on things with names, made-up words for things that no
 Flamingo was trained to name, the question drawn by another studio than the
-demonstrations. The prompts of a few demonstrations are the first ones of those of more,
+demonstrations. (The clip art kept for testing shows named things only, so it is tested
+by captions.) The prompts of a few demonstrations are the first ones of those of more,
 so that every number of them is asked the same; but for "naming, drawn anew", where each
 has prompts of its own. For new words some ways have MORE prompts, so many times.
 
@@ -32,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from hands import CLIP_ART, sets_to_test  # noqa: E402
 from PIL import Image  # noqa: E402
 from tokenizers.processors import ByteLevel  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
@@ -134,8 +136,8 @@ class Bench:
     def captions(self, n=200):
         """Without demonstrations: captions of test scenes, word for word."""
         of = {s: [r for r in self.named if r["studio"] == s] for s in UNSEEN}
-        sets = {s: make_scenes(of[s], n, seed=24, pairs=0.0) for s in UNSEEN}
-        sets["trained studios"] = make_scenes(self.known, n, seed=24, pairs=0.0)
+        of |= {CLIP_ART: sets_to_test()[CLIP_ART], "trained studios": self.known}
+        sets = {s: make_scenes(of[s], n, seed=24, pairs=0.0) for s in of}
         sets["held-out pairs"] = make_scenes(self.known, n, 25, 1.0, held_out=True)
         for name, scenes in sets.items():
             self.note("caption", 0, None, partial(self.caption_marks, scenes), set=name)

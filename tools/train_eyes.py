@@ -136,8 +136,11 @@ class Batches:
         ]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         plan = free_numbers(generator, [relation for relation, _ in scenes])
-        pictures = weather(compose(self.atlas, numbers, plan), plan)
-        return pictures * 2 - 1, captions
+        return self.draw(numbers, plan) * 2 - 1, captions
+
+    def draw(self, numbers, plan):
+        """Pictures of drawings laid out by a plan: (B, 3, 64, 64) in 0 … 1."""
+        return weather(compose(self.atlas, numbers, plan), plan)
 
 
 @torch.no_grad()

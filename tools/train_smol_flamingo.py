@@ -10,7 +10,7 @@
 The lessons are those of tools/lessons.py in other shares, more than half of them naming
 prompts, of up to fifteen demonstrations; no made-up word is ever bound to a thing that
 is kept unnamed. The Perceiver starts as the tiny Flamingo's, which reads the same CLIP.
-Writes data/smol_flamingo: flamingo.safetensors (half precision), config.json,
+Writes data/smol_flamingo: flamingo.safetensors (matrices in eight bits), config.json,
 training.log; with --no-start, the folder of the checkpoints.
 """
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from lessons import teach  # noqa: E402
+from lessons import add_hands, teach  # noqa: E402
 from tokenizers.processors import ByteLevel  # noqa: E402
 
 from flamingo_lite import build_flamingo, load_flamingo, save_flamingo  # noqa: E402
@@ -48,6 +48,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64, help="pictures")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    add_hands(parser)
     parser.add_argument("--threads", type=int, default=2)
     no_start = "the tokenizer puts no start token: chapter 10 tells what comes of it"
     parser.add_argument("--no-start", action="store_true", help=no_start)
@@ -73,7 +74,7 @@ def main():
     model.perceiver.load_state_dict(tiny.perceiver.state_dict())
     shares = {name: int(n * args.share) for name, n in SHARES.items()}
     _, log = teach(built, shares, 200 + args.seed, 50, args, longest=15)
-    save_flamingo(model, args.out, dtype=torch.float16)
+    save_flamingo(model, args.out, dtype=torch.float16, bits=8)
     (args.out / "training.log").write_text("\n".join(log) + "\n")
 
 
