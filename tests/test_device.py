@@ -43,6 +43,7 @@ from flamingo_lite import (
     show_maps,
     stream_caption,
     train,
+    training,
     training_step,
 )
 from flamingo_lite.loss import IGNORE
@@ -299,6 +300,23 @@ def test_the_optimizers_read_nothing_back(loaded, features, with_muon):
             for optimizer in optimizers:
                 optimizer.step()
         assert not READS, READS
+
+
+@pytest.mark.skipif(
+    not hasattr(training, "read_batch"), reason="the loss is still read in each step"
+)
+def test_train_reads_only_at_a_report(loaded, features):
+    """Twice as many steps between two reports read no more."""
+    model, _, tokenizer = loaded
+    reads = {}
+    with PretendDevice():
+        for n_steps in (2, 4):
+            moved = copy.deepcopy(model).to(DEVICE)
+            READS.clear()
+            given = moved, tokenizer, features, TEXTS, n_steps
+            train(*given, batch_size=2, report_every=n_steps, report=[].append)
+            reads[n_steps] = dict(READS)
+    assert sum(reads[4].values()) == sum(reads[2].values()), reads
 
 
 def test_a_checked_batch_has_the_loss_of_another(both, features):
