@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import get_captions
 
+from flamingo_lite import cache_features, load_captions, merge_captions
+
 quiet = partial(print, file=io.StringIO())
 
 
@@ -135,6 +137,24 @@ def test_flickr8k_has_its_published_splits(server, tmp_path):
     out = tmp_path / "flickr8k"
     assert listing(out / "validation") == {"c.jpg": [f"A dog {k} ." for k in range(5)]}
     assert not list(out.rglob("unlisted.jpg")) and not list(out.rglob("._a.jpg"))
+
+
+@pytest.mark.parametrize("name", ["coco-val2017", "flickr8k"])
+def test_the_book_reads_the_folders(server, tmp_path, name, make_model):
+    """Each split through `load_captions`, and its pictures to features on disk."""
+    counts = get_captions.get_captions(name, tmp_path, quiet)
+    model, image_processor, _ = make_model()
+    for split, count in counts.items():
+        rows = load_captions(tmp_path / name, split=split, check_pictures=True)
+        assert len(rows) == count == len(merge_captions(rows))
+        assert all(len(row["text"]) == 5 for row in rows)
+        settings = {"progress": False}
+        features = cache_features(
+            tmp_path / "f", model.vision_encoder, image_processor, rows, **settings
+        )
+        assert len(features) == count
+    with pytest.raises(FileNotFoundError, match="choose one with split="):
+        load_captions(tmp_path / name)
 
 
 def test_what_is_there_is_not_fetched_again(server, tmp_path):
