@@ -129,12 +129,12 @@ def changes_logits(config):
     return None
 
 
-def loss_at_labels(model, vision_x, lang_x, labels, piece=256, **inputs):
+def loss_at_labels(model, lang_x, labels, vision_x=None, piece=256, **inputs):
     """The loss that `model(vision_x, lang_x, labels=labels, …)` has, with less memory.
 
     Args:
         model: a `Flamingo`, or one that a wrapper holds as its `module`.
-        vision_x, lang_x, labels, **inputs: as for its forward.
+        lang_x, labels, vision_x, **inputs: as for its forward.
         piece: see `loss_in_pieces`.
 
     Returns:

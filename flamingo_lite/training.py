@@ -18,7 +18,7 @@ from flamingo_lite.checkpoints import (
     trained_rows,
 )
 from flamingo_lite.data import check_texts, collate
-from flamingo_lite.loss import IGNORE, shifted_cross_entropy
+from flamingo_lite.loss import IGNORE, loss_at_labels, shifted_cross_entropy
 from flamingo_lite.model import token_tables
 
 
@@ -207,7 +207,7 @@ def training_step(model, batch, optimizers, rate):
     """
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = group["peak"] * rate
-    loss = model(None, **batch).loss
+    loss = loss_at_labels(model, **batch)
     model.zero_grad()
     loss.backward()
     keep_old_rows(model)

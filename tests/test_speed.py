@@ -164,7 +164,7 @@ def test_loss_at_labels(small, piece):
     batch = labelled(model, tokenizer)
     whole = model(None, **batch).loss
     wanted = gradients(model, whole)
-    loss = loss_at_labels(model, None, piece=piece, **batch)
+    loss = loss_at_labels(model, piece=piece, **batch)
     found = gradients(model, loss)
     assert_close(loss, whole, **CLOSE)
     assert set(found) == set(wanted) and len(found) > 20
@@ -196,7 +196,7 @@ def test_rows_of_logits_do_not_grow(small, n_words):
     d_txt = model.lang_dim
     batch = labelled(model, tokenizer, n_words)
     with MostLogits(len(tokenizer), d_txt) as most:
-        loss_at_labels(model, None, piece=8, **batch).backward()
+        loss_at_labels(model, piece=8, **batch).backward()
     assert 0 < most.rows <= 8
     with MostLogits(len(tokenizer), d_txt) as most:
         model(None, **batch).loss.backward()
@@ -208,7 +208,7 @@ def test_only_labelled_tokens_reach_the_head(small):
     batch = labelled(model, tokenizer)
     batch["labels"][:, :-2] = -100
     with MostLogits(len(tokenizer), model.lang_dim) as most:
-        loss_at_labels(model, None, **batch)
+        loss_at_labels(model, **batch)
     assert most.rows == int((batch["labels"][:, 1:] != -100).sum())
 
 
@@ -217,9 +217,9 @@ def test_loss_without_labels_and_after_an_error(small):
     batch = labelled(model, tokenizer)
     head = model.lang_encoder.get_output_embeddings()
     with pytest.raises(ValueError, match="no token has a label"):
-        loss_at_labels(model, None, **{**batch, "labels": batch["labels"] * 0 - 100})
+        loss_at_labels(model, **{**batch, "labels": batch["labels"] * 0 - 100})
     with pytest.raises(ValueError, match="no pictures"):
-        loss_at_labels(model, None, **{**batch, "vision_features": None})
+        loss_at_labels(model, **{**batch, "vision_features": None})
     assert not head._forward_pre_hooks and not model.lang_encoder.is_conditioned()
 
 
@@ -229,7 +229,7 @@ def test_a_language_model_that_changes_logits_itself(small, monkeypatch):
     lm, batch = model.lang_encoder, labelled(model, tokenizer)
     monkeypatch.setattr(lm.config, "logits_scaling", 4.0, raising=False)
     with MostLogits(len(tokenizer), model.lang_dim) as most:
-        loss = loss_at_labels(model, None, piece=1, **batch)
+        loss = loss_at_labels(model, piece=1, **batch)
     assert most.rows >= batch["lang_x"].numel()
     assert_close(loss, model(None, **batch).loss)
 
