@@ -150,7 +150,7 @@ class MaskedCrossAttention(nn.Module):
         return read.masked_fill(blind, 0.0)
 
     def _fetch(self, t, image):
-        """k or v, (B, h, T_img, n, d_head), to (B * blocks, h, n, d_head) of `image`."""
+        """(B, h, T_img, n, d_head), k or v, to (B * blocks, h, n, d_head)."""
         rows = torch.arange(len(t), device=t.device)[:, None]  # (B, 1)
         return t.transpose(1, 2)[rows, image].flatten(0, 1)
 
