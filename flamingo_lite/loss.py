@@ -4,12 +4,14 @@
 
 Shapes, spelled the same way in every chapter:
 
+    hidden             (B, T_txt, d_txt)  what the language model's head is given
     logits             (B, T_txt, vocab)  a score for each possible next token
     input_ids, labels  (B, T_txt) int64   labels are -100 where no loss is wanted
 """
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # the label that cross_entropy passes over
 
@@ -81,3 +83,88 @@ def shifted_cross_entropy(logits, labels, reduction="mean"):
     if reduction == "mean":
         return losses.mean()
     return torch.zeros(asked.shape, device=device).index_put(places, losses)
+
+
+def _summed(hidden, answers, head):
+    """The summed loss of some tokens, (tokens, d_txt), and what they should predict."""
+    scores = head(hidden).float()  # (tokens, vocab)
+    return nn.functional.cross_entropy(
+        scores, answers, ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def loss_in_pieces(hidden, answers, head, piece=256):
+    """Mean cross-entropy where there is an answer; `piece` rows of logits at a time.
+
+    Args:
+        hidden: (B, T_txt, d_txt), what goes into the head.
+        answers: (B, T_txt), what each token should predict; -100 where no loss is.
+        head: from (tokens, d_txt) to logits, (tokens, vocab).
+        piece: how many tokens at a time.
+
+    Returns:
+        A float32 scalar. If `answers` are on a GPU and none is there, it is nan.
+
+    Raises:
+        ValueError: `answers` are on the CPU, and no token has one.
+    """
+    asked = answers != IGNORE  # (B, T_txt)
+    if answers.device.type == "cpu":  # elsewhere one would wait for their number
+        if not asked.any():
+            raise ValueError("no token has a label: is there text after an <image>?")
+        places = [t.to(hidden.device) for t in asked.nonzero(as_tuple=True)]
+        hidden, answers = hidden[*places], answers[asked].to(hidden.device)
+        n_asked = len(answers)
+    else:
+        n_asked = asked.sum()
+        hidden, answers = hidden.flatten(0, 1), answers.flatten()
+    parts = list(zip(hidden.split(piece), answers.split(piece), strict=True))
+    if len(parts) == 1:  # small enough to be kept
+        return _summed(*parts[0], head) / n_asked
+    settings = {"use_reentrant": False, "preserve_rng_state": False}
+    sums = [checkpoint(_summed, *part, head, **settings) for part in parts]
+    return torch.stack(sums).sum() / n_asked
+
+
+def changes_logits(config):
+    """The name of a setting by which a language model changes logits after its head."""
+    for name, value in vars(config).items():
+        of_logits = name.startswith(("logit", "lm_head_", "final_logit"))
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if of_logits and is_number and value != 1:
+            return name
+    return None
+
+
+def loss_at_labels(model, lang_x, labels, vision_x=None, piece=256, **inputs):
+    """The loss that `model(vision_x, lang_x, labels=labels, …)` has, with less memory.
+
+    Args:
+        model: a `Flamingo`, or one that a wrapper holds as its `module`.
+        lang_x, labels, vision_x, **inputs: as for its forward.
+        piece: see `loss_in_pieces`.
+
+    Returns:
+        A scalar, to the rounding. The logits of the whole text are never made.
+
+    Raises:
+        ValueError: see `loss_in_pieces` and `Flamingo.forward`.
+    """
+    lm = getattr(model, "module", model).lang_encoder
+    if changes_logits(lm.config):
+        return model(vision_x, lang_x, labels=labels, **inputs).loss
+    answers = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, T_txt)
+    head, losses = lm.get_output_embeddings(), []
+
+    def stop(_, args):
+        hooks.remove()  # from here on the head works as usual
+        losses.append(loss_in_pieces(args[0], answers, head, piece))
+        return (args[0][:, :0],)  # (B, 0, d_txt)
+
+    with getattr(model, "module", model).alone():  # another thread has no such head
+        hooks = head.register_forward_pre_hook(stop)
+        try:
+            model(vision_x, lang_x, **inputs)
+        finally:
+            hooks.remove()
+    return losses[0]

@@ -53,6 +53,17 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(dim, inner_dim * 2, bias=False)
         self.to_out = nn.Linear(inner_dim, dim, bias=False)
 
+    def _tokens_to_kv(self, x):
+        """`to_kv(norm_media(x))`, with the norm's weight and bias put into the matrix.
+
+        So the way back ends at the matrix, and does not go on to tokens that need no
+        gradient.
+        """
+        norm, matrix = self.norm_media, self.to_kv.weight  # (2 * h * d_head, d)
+        plain = nn.functional.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+        bias = matrix @ norm.bias  # (2 * h * d_head,)
+        return nn.functional.linear(plain, matrix * norm.weight, bias)
+
     def forward(self, x, latents):
         """Return what the latents read.
 
@@ -64,10 +75,10 @@ class PerceiverAttention(nn.Module):
             (B, T_img, n, d), to be added to the latents.
         """
         asking = self.norm_latents(latents)  # (B, T_img, n, d)
-        answering = torch.cat((self.norm_media(x), asking), dim=-2)
         q = self.to_q(asking)  # (B, T_img, n, h * d_head)
+        answers = torch.cat((self._tokens_to_kv(x), self.to_kv(asking)), dim=-2)
         # Keys and values: (B, T_img, F * v + n, h * d_head) each.
-        k, v = self.to_kv(answering).chunk(2, dim=-1)
+        k, v = answers.chunk(2, dim=-1)
         # The library's fast attention wants four axes, so B and T_img become one.
         split = "B T_img tokens (h d) -> (B T_img) h tokens d"
         q, k, v = (rearrange(t, split, h=self.heads) for t in (q, k, v))

@@ -23,7 +23,7 @@ from flamingo_lite.checkpoints import (
     trained_rows,
 )
 from flamingo_lite.data import check_texts
-from flamingo_lite.loss import IGNORE, shifted_cross_entropy
+from flamingo_lite.loss import IGNORE, loss_at_labels, shifted_cross_entropy
 from flamingo_lite.model import token_tables
 from flamingo_lite.precision import Precision, choose_precision
 
@@ -250,7 +250,8 @@ def training_step(model, batch, optimizers, rate, precision=None, together=None)
     for part, share in zip(batches, together.shares(batches), strict=True):
         with together.backward_of(part is batches[-1]):
             with precision.autocast():
-                part_loss = read_batch(together.model, part).loss * share
+                loss_here = loss_at_labels(together.model, **part, checked=True)
+                part_loss = loss_here * share
             precision.backward(part_loss)
         loss = loss + part_loss.detach().float()
     loss = together.sum(loss) / together.n
