@@ -150,6 +150,21 @@ _HOME = {
     "attention_maps": "plots",
     "show_maps": "plots",
     "occlusion": "plots",
+    "PAPER": "budget",
+    "hub_answers": "budget",
+    "choose_run": "budget",
+    "count_parameters": "budget",
+    "sizes_of": "budget",
+    "PRECISIONS": "budget",
+    "kept_for_backward": "budget",
+    "budget": "budget",
+    "disk": "budget",
+    "GPUS": "budget",
+    "ROOM": "budget",
+    "largest_batch": "budget",
+    "arithmetic": "budget",
+    "kept_by_backward": "budget",
+    "MemoryUse": "budget",
 }
 __all__ = list(_HOME)
 
