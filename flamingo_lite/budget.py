@@ -61,7 +61,7 @@ def choose_run(device, network=None, size=None):
     Returns:
         (what to run, why): two strings.
     """
-    size = size or os.environ.get("FLAMINGO_LITE_SIZE")
+    size = os.environ.get("FLAMINGO_LITE_SIZE") if size is None else size
     if size:
         run = "paper" if size == "paper" else "rehearsal"
         return run, f"FLAMINGO_LITE_SIZE is {size!r}"

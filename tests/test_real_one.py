@@ -4,13 +4,11 @@ The notebook's own cells run, in a process of their own: as the rehearsal with a
 language model and tower, and as the real thing against a hub on this machine.
 """
 
-import json
 import os
 import subprocess
 import sys
 
 import nbformat
-import pytest
 from conftest import ROOT
 from hub import Hub
 
@@ -42,7 +40,7 @@ import rehearsal
 whole = rehearsal.write_random_opt
 sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32}
 sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-rehearsal.write_random_opt = lambda folder: whole(folder, **sizes)
+rehearsal.write_random_opt = lambda folder, narrow=sizes: whole(folder, **narrow)
 """
 
 
