@@ -102,7 +102,8 @@ def save_checkpoint(path, model, optimizers, **progress):
     Args:
         path: a file; the one that it replaces stays, as `path` + ".previous".
         model, optimizers: as in `train`.
-        progress: "step", "history" and "settings", plain numbers and lists of them.
+        progress: "step", "history", "settings" and, if there is one, "precision":
+            plain numbers and lists of them. And "random", if it is not of now.
 
     Raises:
         OSError: see `write_whole`.
@@ -127,6 +128,16 @@ def save_checkpoint(path, model, optimizers, **progress):
     write_whole(Path(path), contents.getbuffer())
 
 
+def _check_precision(saved):
+    """Raise ValueError if this is not what `Precision.state_dict` gives, nor None."""
+    kinds = {"name": str, "scale": float, "good_steps": int, "skipped": int}
+    if saved is not None and (
+        {name: type(value) for name, value in saved.items()} != kinds
+        or not (0 < saved["scale"] < 2.0**100 and saved["good_steps"] >= 0)
+    ):
+        raise ValueError("a precision of another kind")
+
+
 def _check_values(state):
     """Raise what it raises, if a checkpoint cannot have these values."""
     kinds = {"settings": dict, "random": dict, "history": list, "step": int}
@@ -134,6 +145,7 @@ def _check_values(state):
         raise ValueError("settings, random states, steps or notes of another kind")
     if state["step"] != len(state["history"]):
         raise ValueError("not as many steps as notes of them")
+    _check_precision(state.get("precision"))
     tensors = list(state["trained"].items())
     for optimizer in state["optimizers"]:
         for number, known in optimizer["state"].items():
@@ -187,6 +199,8 @@ def run_settings(
     with_muon,
     seed,
     sequences=None,
+    accumulate=1,
+    warmup=50,
 ):
     """What two runs must share to end with the same numbers: dict of plain values.
 
@@ -195,10 +209,13 @@ def run_settings(
     return {
         "n_steps": int(n_steps),
         "batch_size": int(batch_size),
+        "accumulate": int(accumulate),
         "lr": float(lr),
+        "warmup": int(warmup),
         "gate_factor": float(gate_factor),
         "with_muon": bool(with_muon),
         "seed": int(seed),
+        "order": "batches by length",
         "pictures": list(features.shape),
         "checksum of the texts": zlib.crc32(repr((texts, sequences)).encode()),
         "texts": [repr(text) for text in texts],
@@ -233,6 +250,7 @@ def _check_settings(path, state, settings):
     """Raise ValueError if a checkpoint is of a run with other settings or texts."""
     # Older checkpoints do not hold the texts, but only their checksum.
     saved = {name: settings[name] for name in ("texts", "sequences")}
+    saved |= {"accumulate": 1, "warmup": 50}
     saved |= state["settings"]
     if different := _differences(saved, settings):
         if (n_steps := saved.get("n_steps")) != settings["n_steps"]:
@@ -241,6 +259,8 @@ def _check_settings(path, state, settings):
                 f" end with n_steps={n_steps}, then train that model again, with"
                 " another file and another seed"
             )
+        if "order" not in saved:
+            different += ". It was written before batches were made by length"
         raise ValueError(f"{path} is of another run, use another file: {different}")
 
 
@@ -279,12 +299,13 @@ def _whole(tensor, table, rows):
     return whole
 
 
-def load_checkpoint(path, model, optimizers, settings):
+def load_checkpoint(path, model, optimizers, settings, precision=None):
     """Go on from a checkpoint: (steps done, history).
 
     Args:
         path, model, optimizers: as for `save_checkpoint`.
         settings: of this run, see `run_settings`.
+        precision: a `Precision`, which goes on from the one that was saved.
 
     Raises:
         OSError, ValueError: see `read_checkpoint`.
@@ -308,4 +329,6 @@ def load_checkpoint(path, model, optimizers, settings):
     with torch.no_grad():
         for name, p in learning_parameters(model).items():
             p[rows.get(p, ...)] = state["trained"][name].to(p)
+    if precision is not None and state.get("precision"):
+        precision.load_state_dict(state["precision"])
     return state["step"], state["history"]

@@ -9,13 +9,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import random_features
+from conftest import ROOT, random_features
+from transformers import AutoTokenizer
 
 from flamingo_lite import (
     NotFinite,
+    batch_for_step,
+    batches,
     caption_losses,
     check_examples,
     checkpoints,
+    count_tokens,
     draw_text,
     keep_old_rows,
     learning_parameters,
@@ -53,12 +57,16 @@ def go(built, features=FEATURES, texts=TEXTS, **kwargs):
     return train(model, tokenizer, features, texts, **kwargs)
 
 
+class Stopped(Exception):
+    """What ends a training in these tests, and leaves it no time to save."""
+
+
 def stop_at(step):
-    """A report that interrupts training when it comes to a step."""
+    """A report that stops training when it comes to a step."""
 
     def report(line):
         if line.split()[1] == str(step):
-            raise KeyboardInterrupt
+            raise Stopped
 
     return report
 
@@ -173,7 +181,7 @@ def test_features_that_are_not_finite_stop_before_the_step(
     where, settings = tmp_path / "last.pt", {"report_every": 1}
     straight = make_model()
     if first:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped):
             go(straight, checkpoint=None, report=stop_at(first), report_every=1)
     with pytest.raises(NotFinite) as caught:
         go(built, features, checkpoint=where, **settings)
@@ -189,7 +197,10 @@ def test_features_that_are_not_finite_stop_before_the_step(
 
 
 def rows_of(step):
-    return training.batch_for_step((1,) * len(TEXTS), 2, step, SETTINGS["seed"])
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_opt")
+    n_tokens = tuple(count_tokens(TEXTS, tokenizer))
+    order = (1,) * len(TEXTS), 2, step, SETTINGS["seed"]
+    return batch_for_step(*order, n_tokens)
 
 
 def test_the_picture_of_a_sequence_is_named(make_model):
@@ -204,9 +215,9 @@ def test_finite_features_name_the_whole_batch(make_model, monkeypatch):
     """The loss is nan for another reason: all pictures of the batch, and texts."""
     right = training.training_step
 
-    def wrong(model, batch, optimizers, rate):
-        batch["vision_features"] *= float("nan")
-        return right(model, batch, optimizers, rate)
+    def wrong(model, batches, *others):
+        batches[0]["vision_features"] *= float("nan")
+        return right(model, batches, *others)
 
     monkeypatch.setattr(training, "training_step", wrong)
     with pytest.raises(NotFinite) as caught:
@@ -457,13 +468,13 @@ def test_one_text_is_drawn_for_each_epoch_by_the_seed():
 
 def seen_texts(monkeypatch):
     """A list of what `collate` is given in a training."""
-    seen, right = [], training.collate
+    seen, right = [], batches.collate
 
     def note(examples, tokenizer):
         seen.append([texts for _, texts in examples])
         return right(examples, tokenizer)
 
-    monkeypatch.setattr(training, "collate", note)
+    monkeypatch.setattr(batches, "collate", note)
     return seen
 
 
@@ -488,7 +499,7 @@ def test_train_draws_and_resumes_with_the_same_texts(
     assert not any(isinstance(text, list) for text in flat)
     seen.clear()
     path = tmp_path / "last.pt"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         go(make_model(), checkpoint=path, **kwargs, report=stop_at(15))
     assert seen == all_seen[:15]
     seen.clear()
@@ -543,7 +554,7 @@ def test_long_arrays_of_texts_are_told_apart(make_model, tmp_path):
 
 
 def stop_in_the_middle(make_model, path, **kwargs):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         go(make_model(), report=stop_at(12), checkpoint=path, **kwargs)
 
 

@@ -47,12 +47,16 @@ def silent(line):
     """A report that no one reads."""
 
 
+class Stopped(Exception):
+    """What ends a training in these tests, and leaves it no time to save."""
+
+
 def stop_at(step):
-    """A report that interrupts training when it comes to a step."""
+    """A report that stops training when it comes to a step."""
 
     def report(line):
         if line.split()[1] == str(step):
-            raise KeyboardInterrupt
+            raise Stopped
 
     return report
 
@@ -70,7 +74,7 @@ def test_resumed_is_undisturbed(make_model, tmp_path):
     """Stopped after a checkpoint and started again in a new model: the same end."""
     straight, history = run(make_model)
     checkpoint = tmp_path / "last.pt"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run(make_model, stop_at(15), checkpoint=checkpoint)
     assert torch.load(checkpoint, weights_only=True)["step"] == 10
     resumed, history_again = run(make_model, checkpoint=checkpoint)
@@ -155,7 +159,7 @@ def test_sequences_number_the_pictures(make_model):
 def test_resumed_with_sequences_is_undisturbed(make_model, tmp_path):
     straight, history = run_told(make_model)
     checkpoint = tmp_path / "last.pt"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run_told(make_model, stop_at(15), checkpoint=checkpoint)
     resumed, history_again = run_told(make_model, checkpoint=checkpoint)
     assert history_again == history
@@ -176,7 +180,7 @@ def test_resumed_with_sequences_is_undisturbed(make_model, tmp_path):
 )
 def test_other_sequences_are_another_run(make_model, tmp_path, others):
     checkpoint = tmp_path / "last.pt"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run_told(make_model, stop_at(10), checkpoint=checkpoint, n_steps=11)
     on_disk = checkpoint.read_bytes()
     with pytest.raises(ValueError, match="another run.*checksum of the texts"):
@@ -304,7 +308,7 @@ def straight(make_model):
 def stopped(make_model, tmp_path_factory):
     """The folder of a run that was stopped at step 15, before its third checkpoint."""
     folder = tmp_path_factory.mktemp("stopped")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run(make_model, stop_at(15), checkpoint=folder / "last.pt")
     return folder
 
@@ -485,7 +489,7 @@ def test_numbers_of_numpy_can_be_read_back(make_model, tmp_path, straight):
         "with_muon": np.True_,
         "seed": np.int64(3),
     }
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run(make_model, stop_at(15), checkpoint=tmp_path / "last.pt", **settings)
     check_goes_on(make_model, tmp_path / "last.pt", straight)
 

@@ -459,7 +459,7 @@ class Checkpoints:
         batch = collate([(features, texts)], tokenizer)
         history = []
         for step in (1, 2):
-            loss = training_step(model, batch, optimizers, 1.0)
+            loss = training_step(model, batch, optimizers, 1.0)[0].item()
             history.append({"step": step, "loss": loss, "gates": [0.0]})
         progress = {"step": 2, "history": history, "settings": self.settings}
         save_checkpoint(self.path, model, optimizers, **progress)

@@ -1,0 +1,222 @@
+# Written by tools/sync.py from book/08d_batches.ipynb.
+# Edit the notebook, not this file.
+"""Which pictures and texts are in the batch of a step, and the batch itself."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from flamingo_lite.data import collate, whole_text
+
+WINDOW = 32  # batches that are sorted by length together
+
+
+@lru_cache(maxsize=2)
+def _epoch(lengths, batch_size, seed, epoch, n_tokens=None):
+    """The batches of one epoch: list of lists of sequence numbers."""
+    rng = np.random.default_rng((seed, epoch))
+    order, lengths = rng.permutation(len(lengths)), np.asarray(lengths)
+    batches = []
+    for T_img in np.unique(lengths):
+        mine = order[lengths[order] == T_img].tolist()
+        rows = max(1, batch_size // int(T_img))
+        n_whole = max(1, len(mine) // rows)
+        if n_tokens is not None:
+            mine = _by_length(mine[: n_whole * rows], n_tokens, WINDOW * rows)
+        batches += [mine[i * rows : (i + 1) * rows] for i in range(n_whole)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _by_length(numbers, n_tokens, window):
+    """Sequence numbers, sorted by their number of tokens, one window at a time."""
+    windows = [numbers[i : i + window] for i in range(0, len(numbers), window)]
+    return sum((sorted(w, key=n_tokens.__getitem__) for w in windows), [])
+
+
+def _place(lengths, batch_size, step, seed):
+    """Where a step is: (epoch, number of the batch in it)."""
+    return divmod(step, len(_epoch(lengths, batch_size, seed, 0)))
+
+
+def batch_for_step(lengths, batch_size, step, seed, n_tokens=None):
+    """Sequence numbers of batch `step`; each epoch has an order of its own.
+
+    Args:
+        lengths: tuple, the number of pictures T_img of each sequence. A batch holds
+            sequences of one length. What does not fill a batch waits for the next
+            epoch, with its other order.
+        batch_size: about how many pictures.
+        step, seed: they alone decide.
+        n_tokens: tuple, the tokens of each sequence in this epoch; batches are of
+            sequences about equally long. None, of any.
+    """
+    epoch, number = _place(lengths, batch_size, step, seed)
+    return list(_epoch(lengths, batch_size, seed, epoch, n_tokens)[number])
+
+
+def draw_text(text, *numbers):
+    """Of a list of texts for one picture the one that `numbers` draw; else the text."""
+    if not isinstance(text, list):
+        return text
+    return text[int(np.random.default_rng(numbers).integers(len(text)))]
+
+
+def _told(row, texts, sequences=None, lot=None):
+    """The text of each picture of a sequence: list. Args: as for `make_batch`."""
+    several = [texts[row]] if sequences is None else texts[row]
+    if lot is None:
+        return [text[0] if isinstance(text, list) else text for text in several]
+    return [draw_text(text, *lot, row, i) for i, text in enumerate(several, 1)]
+
+
+def make_batch(rows, features, texts, tokenizer, device, sequences=None, lot=None):
+    """Some sequences, as the model takes them: dict on `device`.
+
+    Args:
+        rows: sequence numbers, B of them.
+        features, texts, sequences: as for `train`. Of pixels, the dict has `vision_x`
+            in the place of `vision_features`.
+        lot: (seed, epoch), which of several texts for a picture is drawn; None, the
+            first.
+    """
+    own = [[row] if sequences is None else sequences[row] for row in rows]
+    some = features[[number for numbers in own for number in numbers]]
+    frames = some.shape[2:]  # (v, d_img), or (3, H, W) of pixels
+    if some.ndim == 5:
+        some = some.flatten(2).unsqueeze(-1)  # (pictures, F, 3 * H * W, 1)
+    told = [_told(row, texts, sequences, lot) for row in rows]
+    parts = some.split([len(numbers) for numbers in own])  # (T_img, F, v, d_img) each
+    batch = collate(list(zip(parts, told, strict=True)), tokenizer)
+    if len(frames) == 3:
+        flat = batch.pop("vision_features").squeeze(-1)  # (B, T_img, F, 3 * H * W)
+        batch["vision_x"] = flat.unflatten(-1, frames)  # (B, T_img, F, 3, H, W)
+    return {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+
+
+def count_tokens(texts, tokenizer):
+    """A list like `texts`, of lists, with its number of tokens for each text."""
+
+    def strings(item):
+        if isinstance(item, list):
+            return [string for part in item for string in strings(part)]
+        return [whole_text(item)]
+
+    def nest(item):
+        return [nest(p) for p in item] if isinstance(item, list) else next(counts)
+
+    found = tokenizer(strings(texts), add_special_tokens=False, verbose=False).input_ids
+    counts = map(len, found)
+    return nest(texts)
+
+
+def check_examples(features, texts, sequences=None):
+    """Check how pictures, texts and sequences fit: (texts, sequences), plain lists.
+
+    Args: as for `train`.
+
+    Raises:
+        ValueError: they do not; which one is said.
+    """
+    _check_features(features)
+    if isinstance(texts, str):
+        raise ValueError(f"want a list of texts, got one text, {texts[:40]!r}")
+    texts, n, what = [_plain(text) for text in texts], len(features), "pictures"
+    if sequences is not None:
+        sequences = [_numbers(s, n, f"sequence {i}") for i, s in enumerate(sequences)]
+        n, what = len(sequences), "sequences"
+    if n != len(texts):
+        raise ValueError(f"{n} {what}, but {len(texts)} texts")
+    if not n or (sequences is not None and not all(sequences)):
+        raise ValueError(f"there are no {what}, or one of them has no picture")
+    for i, pictures in enumerate(sequences or []):
+        if isinstance(texts[i], (str, list, tuple)) and len(pictures) != len(texts[i]):
+            counts = f"{len(pictures)} pictures, but {len(texts[i])} texts"
+            raise ValueError(f"sequence {i}: {counts}")
+    return texts, sequences
+
+
+def _check_features(features):
+    """Raise ValueError for what is no tensor of pictures, and does not act as one."""
+    shape = tuple(getattr(features, "shape", ()))
+    want = "want a tensor (pictures, F, v, d_img), got "
+    if len(shape) not in (4, 5):
+        raise ValueError(f"features: {want}{shape or type(features).__name__}")
+    first = features[[0]] if len(features) else features
+    if not isinstance(first, torch.Tensor):
+        kinds = f"{shape}, of which [[0]] is {type(first).__name__}"
+        raise ValueError(f"features: {want}{kinds}")
+    if tuple(first.shape[1:]) != shape[1:] or shape[0] != len(features):
+        parts = f"[[0]] is {tuple(first.shape)}, and there are {len(features)}"
+        raise ValueError(f"features say that they are {shape}, but {parts}")
+
+
+def _plain(text):
+    """A text, a pair or a list of them, with strings of numpy's made plain ones."""
+    if type(text) in (list, tuple):
+        return type(text)(_plain(part) for part in text)
+    return str(text) if isinstance(text, str) else text
+
+
+def _numbers(sequence, n, where):
+    """Picture numbers as a list of ints; ValueError, naming `where`, for others."""
+    try:
+        given = list(sequence)
+        numbers = [int(number) for number in given]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: want picture numbers, got {sequence!r}") from error
+    for number, wanted in zip(numbers, given, strict=True):
+        if number != wanted or not 0 <= number < n:
+            raise ValueError(f"{where}: there is no picture {wanted} among {n}")
+    return numbers
+
+
+class Examples:
+    """What a run trains on, and in which order. Args: as for `train`."""
+
+    def __init__(
+        self, tokenizer, features, texts, sequences, batch_size, accumulate, seed
+    ):
+        self.tokenizer, self.features = tokenizer, features
+        self.texts, self.sequences = texts, sequences
+        self.accumulate, self.seed = accumulate, seed
+        self.lengths = tuple(map(len, sequences or [[0]] * len(texts)))
+        self.per_step = batch_size * accumulate  # pictures
+        nest = texts if sequences is None else [list(several) for several in texts]
+        self._counts = count_tokens(nest, tokenizer)
+        self._epoch_of_tokens = None
+
+    def rows(self, step):
+        """Sequence numbers of a step."""
+        epoch, _ = _place(self.lengths, self.per_step, step, self.seed)
+        if epoch != self._epoch_of_tokens:
+            lot = self.seed, epoch
+            told = (
+                _told(row, self._counts, self.sequences, lot)
+                for row in range(len(self.texts))
+            )
+            self._n_tokens, self._epoch_of_tokens = tuple(map(sum, told)), epoch
+        order = self.lengths, self.per_step, step, self.seed
+        return batch_for_step(*order, self._n_tokens)
+
+    def batches(self, step, device):
+        """The micro-batches of a step: list of dicts on `device`."""
+        rows = self.rows(step)
+        lot = self.seed, _place(self.lengths, self.per_step, step, self.seed)[0]
+        parts = np.array_split(rows, min(self.accumulate, len(rows)))
+        data = self.features, self.texts, self.tokenizer, device, self.sequences
+        return [make_batch(part.tolist(), *data, lot) for part in parts]
+
+    def suspects(self, step):
+        """What may have made the loss of a step infinite or no number: a sentence."""
+        rows, sequences = self.rows(step), self.sequences
+        own = {row: [row] if sequences is None else sequences[row] for row in rows}
+        numbers = list(dict.fromkeys(n for row in rows for n in own[row]))
+        says = "Its features are finite, a lower lr may help"
+        spoilt = [n for n in numbers if not self.features[[n]].isfinite().all()]
+        bad = [row for row in rows if set(spoilt) & set(own[row])]
+        if bad:
+            says, numbers = "Features are not finite", spoilt
+        some = ", ".join(repr(self.texts[row])[:60] for row in (bad or rows)[:3])
+        more = ", …" * (len(bad or rows) > 3)
+        return f"{says}: pictures {numbers} of the batch, with the texts {some}{more}"
