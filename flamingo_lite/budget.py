@@ -238,8 +238,9 @@ def budget(
 ):
     """Memory at the fullest moment of a training step: {what: bytes}.
 
-    That moment is the end of the forward pass: everything is kept, and the gradients
-    of the step before are still there.
+    That moment is the end of a forward pass: everything is kept; and if a step gathers
+    several batches, the gradients of the first ones are there. With one batch a step
+    they come later, when less is kept, and a step needs less than this.
 
     Args:
         sizes: as PAPER; of a model, `sizes_of(model)`.
