@@ -13,9 +13,9 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from contextlib import contextmanager
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -46,32 +46,39 @@ def check_text(text, where, special_tokens=SPECIAL_TOKENS):
 
 
 @contextmanager
-def _open_picture(path):
+def _open_picture(path, content=None):
     """Open a picture file, whose header is read; the pixels are when they are used.
 
     Whatever goes wrong with it, in the block too, is a ValueError that names the file.
+    `content` is the file's bytes, where they have been read already.
     """
     try:
-        if not Path(path).is_file():
+        if content is None and not Path(path).is_file():
             raise ValueError("there is no such file, or it is no ordinary one")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
+            source = path if content is None else io.BytesIO(content)
+            with Image.open(source, formats=FORMATS) as picture:
                 yield picture
     except Exception as error:  # a broken file makes decoders raise almost anything
         raise ValueError(f"cannot read the picture {path}: {error}") from error
 
 
-def read_picture(path):
+def read_picture(path, least=None, content=None):
     """Read a picture file as RGB, upright, transparency on white.
 
     Args:
         path: a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file; its first frame is taken.
+        least: pixels; a JPEG is decoded at a half, a quarter or an eighth of its size
+            if no side gets shorter than that. None, at its whole size.
+        content: the file's bytes, if somebody has read them already.
 
     Raises:
         ValueError: the file, which is named, is not a picture that can be read.
     """
-    with _open_picture(path) as picture:
+    with _open_picture(path, content) as picture:
+        if least is not None:
+            picture.draft(None, (least, least))  # of other formats it does nothing
         return rgb_on_white(picture)
 
 
@@ -96,7 +103,8 @@ def check_row(folder, row, where, check_picture=False):
     """A line of a listing, a dict, with its "path"; ValueError names `where`.
 
     Args:
-        check_picture: True decodes the picture, False reads no more than its header.
+        check_picture: True decodes the picture, a JPEG at an eighth of its size, which
+            finds what is cut off too; False reads no more than its header.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: want an object with a file_name and a text")
@@ -115,6 +123,7 @@ def check_row(folder, row, where, check_picture=False):
             raise ValueError(f"{path} is outside the folder")
         with _open_picture(path) as picture:
             if check_picture:
+                picture.draft(None, (SIZE, SIZE))
                 rgb_on_white(picture)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
@@ -237,6 +246,25 @@ def load_captions(folder, skip_broken=False, split=None, check_pictures=None):
     return rows
 
 
+def merge_captions(rows):
+    """One row for each picture, with all its different captions.
+
+    Args:
+        rows: of `load_captions`. What else is in them is the picture's first row's.
+
+    Returns:
+        list of dict. The "text" of a picture with several captions is a list.
+    """
+    merged = {}
+    for row in rows:
+        texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
+        held = merged.setdefault(row["path"], {**row, "text": []})
+        held["text"] += [text for text in texts if text not in held["text"]]
+    for row in merged.values():
+        row["text"] = row["text"][0] if len(row["text"]) == 1 else row["text"]
+    return list(merged.values())
+
+
 def load_sprites(rows):
     """Open the drawings of caption-folder rows: {thing: {studio: RGBA picture}}."""
     sprites = {}
@@ -352,24 +380,46 @@ def interleave(texts):
     return "".join(f"<image>{text}<|endofchunk|>" for text in texts)
 
 
-def _picture(item, where):
-    """RGB on white, of a PIL picture, a file or a row; an error names `where`."""
-    if isinstance(item, dict):
-        held = [item.get(name) for name in ("picture", "image")]
-        held = [one for one in held if isinstance(one, Image.Image)]
-        if not held and not item.get("path"):
-            raise TypeError(f'{where}: no "picture" and no "path"; {_columns(item)}')
-        item = held[0] if held else item["path"]
+def held_picture(item, where):
+    """The PIL picture or the path that an item is, or as a row has; else TypeError."""
+    if not isinstance(item, dict):
+        return item
+    held = [item.get(name) for name in ("picture", "image")]
+    held = [one for one in held if isinstance(one, Image.Image)]
+    if not held and not item.get("path"):
+        raise TypeError(f'{where}: no "picture" and no "path"; {_columns(item)}')
+    return held[0] if held else item["path"]
+
+
+def as_picture(item, where, least=None, content=None):
+    """RGB on white, of a PIL picture, a file or a row; an error names `where`.
+
+    Args:
+        item: see `encode_pictures`.
+        where: what to call it.
+        least, content: of a file, see `read_picture`.
+    """
+    item = held_picture(item, where)
     try:
-        is_path = isinstance(item, (str, os.PathLike))
-        return read_picture(item) if is_path else rgb_on_white(item)
+        if isinstance(item, (str, os.PathLike)):
+            return read_picture(item, least, content)
+        return rgb_on_white(item)
     except TypeError as error:
         raise TypeError(f"{where}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _check_finite(tokens, halves, start):
+def size_to_decode(visual):
+    """Pixels: twice a tower's picture, so that there is still something to scale down.
+
+    None, at its whole size, for a tower that does not say what it takes.
+    """
+    image_size = getattr(getattr(visual, "visual", visual), "image_size", None)
+    return None if image_size is None else 2 * int(np.max(image_size))
+
+
+def _check_finite(tokens, halves, names):
     """Raise ValueError for features, (some, v, d_img), with an inf or nan in them."""
     bad = ~halves.isfinite().flatten(1).all(dim=1)  # (some,)
     if bad.any():
@@ -379,10 +429,43 @@ def _check_finite(tokens, halves, start):
         if math.isfinite(largest):
             fault = f"its features reach {largest:.3g}, but {halves.dtype} only "
             fault += f"{most:.3g}: take dtype=torch.float32"
-        raise ValueError(f"pictures[{start + number}]: {fault}")
+        raise ValueError(f"{names[number]}: {fault}")
 
 
 @torch.no_grad()
+def encode_pixels(visual, pixels, names, dtype=torch.float16):
+    """Run the frozen vision encoder over a few pictures: (some, F=1, v, d_img), on CPU.
+
+    Args:
+        visual: `Flamingo.vision_encoder`.
+        pixels: (some, 3, H, W), as the image processor makes them.
+        names: what an error calls each of them.
+        dtype: of the result.
+
+    Raises:
+        ValueError: features that are not finite; or it is no such encoder.
+    """
+    visual = getattr(visual, "visual", visual)  # of a VisionEncoder
+    weight = next(visual.parameters())
+    tokens = visual(pixels.to(weight.device, weight.dtype))[1]  # (some, v, d_img)
+    if tokens.ndim != 3:
+        raise ValueError("want the vision encoder of a Flamingo, with its tokens")
+    halves = tokens.to(dtype).cpu()
+    _check_finite(tokens, halves, names)
+    return rearrange(halves, "some v d -> some 1 v d")
+
+
+def _encoded(visual, image_processor, pictures, batch_size, dtype):
+    """The features of `batch_size` pictures after those of others."""
+    numbered, least = enumerate(pictures), size_to_decode(visual)
+    while some := list(islice(numbered, batch_size)):
+        names = [f"pictures[{number}]" for number, _ in some]
+        named = zip(some, names, strict=True)
+        read = [as_picture(one, name, least) for (_, one), name in named]
+        pixels = torch.stack([image_processor(p) for p in read])  # (some, 3, H, W)
+        yield encode_pixels(visual, pixels, names, dtype)  # (some, 1, v, d_img)
+
+
 def encode_pictures(
     visual,
     image_processor,
@@ -398,7 +481,8 @@ def encode_pictures(
         image_processor: PIL picture to (3, H, W).
         pictures: list or iterator of PIL pictures, of paths, or of rows with one of
             them: of `load_captions`, `make_scenes` or an image dataset of Hugging
-            Face's. Files are opened batch by batch.
+            Face's. Files are opened batch by batch, a large JPEG at a half, a quarter
+            or an eighth of its size, but at least twice what the encoder takes.
         batch_size: pictures at a time.
         dtype: of the result.
         progress: True shows a progress bar.
@@ -415,22 +499,20 @@ def encode_pictures(
         pictures = [pictures]
     if not isinstance(pictures, Iterable):
         raise TypeError(f"want a list of pictures, got {type(pictures).__name__}")
-    visual = getattr(visual, "visual", visual)  # of a VisionEncoder
-    weight, features, start = next(visual.parameters()), [], 0
-    numbered = enumerate(tqdm(pictures, "pictures", disable=not progress))
-    while some := list(islice(numbered, batch_size)):
-        read = [_picture(one, f"pictures[{number}]") for number, one in some]
-        pixels = torch.stack([image_processor(p) for p in read])  # (some, 3, H, W)
-        tokens = visual(pixels.to(weight.device, weight.dtype))[1]  # (some, v, d_img)
-        if tokens.ndim != 3:
-            raise ValueError("want the vision encoder of a Flamingo, with its tokens")
-        halves = tokens.to(dtype).cpu()
-        _check_finite(tokens, halves, start)
-        features.append(rearrange(halves, "some v d -> some 1 v d"))
-        start += len(some)
-    if not features:
+    shown = tqdm(pictures, "pictures", disable=not progress)
+    batches = _encoded(visual, image_processor, shown, batch_size, dtype)
+    if (first := next(batches, None)) is None:
         raise ValueError("there are no pictures")
-    return torch.cat(features)
+    if not isinstance(pictures, Sized):  # only its end says how many there are
+        return torch.cat([first, *batches])
+    features = first.new_empty(len(pictures), *first.shape[1:])
+    start = 0
+    for some in chain([first], batches):
+        features[start : start + len(some)] = some
+        start += len(some)
+    if start < len(pictures):
+        raise ValueError(f"pictures ended after {start} of {len(pictures)}")
+    return features
 
 
 def _special_tokens(tokenizer):
@@ -467,10 +549,11 @@ def _check_examples(examples, special_tokens):
     if not examples:
         raise ValueError("there is no row")
     for row, (features, texts) in enumerate(examples):
-        shape = tuple(getattr(features, "shape", ()))  # (T_img, F, v, d_img)
-        if len(shape) != 4:
+        shape = tuple(getattr(features, "shape", ()))
+        if len(shape) not in (4, 5):
             got = shape or type(features).__name__
-            raise ValueError(f"row {row}: want (T_img, F, v, d_img), got {got}")
+            want = "(T_img, F, v, d_img) or (T_img, F, 3, H, W)"
+            raise ValueError(f"row {row}: want {want}, got {got}")
         if isinstance(texts, str):
             raise ValueError(f"row {row}: want a list of texts, got {texts!r}")
         if shape[0] != len(texts):
@@ -484,17 +567,28 @@ def _check_examples(examples, special_tokens):
             check_text(whole_text(text, where), where, special_tokens)
 
 
+def _check_counts(counts, examples):
+    """Raise ValueError for a row with more or fewer `<image>` tokens than pictures."""
+    for row, (count, (_, texts)) in enumerate(zip(counts, examples, strict=True)):
+        if count != len(texts):
+            found = f"{count} <image> tokens, but {len(texts)} pictures"
+            raise ValueError(f"row {row}: {found}; does the tokenizer cut texts?")
+
+
 def collate(examples, tokenizer):
     """Put sequences of different lengths into one batch, padded on the right.
 
     Args:
-        examples: list of (features, texts), (T_img, F, v, d_img) and T_img texts. A
-            text is a string or a pair of strings, (given, asked): `given` has no label.
+        examples: list of (features, texts), (T_img, F, v, d_img) and T_img texts; or
+            pixels, (T_img, F, 3, H, W), in place of all features. A text is a string or
+            a pair of strings, (given, asked): `given` has no label.
         tokenizer: with `<image>` and `<|endofchunk|>` among its tokens.
 
     Returns:
-        dict for `Flamingo.forward`: vision_features (B, T_img, F, v, d_img), lang_x,
-        attention_mask and labels (B, T_txt). Missing pictures at the end are zeros.
+        dict for `Flamingo.forward`: vision_features (B, T_img, F, v, d_img), or of
+        pixels vision_x (B, T_img, F, 3, H, W); lang_x, attention_mask and labels
+        (B, T_txt). Missing pictures at the end are zeros, and a row has as many
+        `<image>` as pictures.
 
     Raises:
         ValueError: a row has not as many texts as pictures, pictures of another shape,
@@ -516,13 +610,15 @@ def collate(examples, tokenizer):
             f"row {row}: {T_txt} tokens, but the model reads {most}: {words}"
         )
     media, eoc = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    _check_counts((batch.input_ids == media).sum(dim=1).tolist(), examples)
     labels = make_labels(batch.input_ids, media, eoc, batch.attention_mask)
     for row, (_, texts) in enumerate(examples):
         for start, end in _given(texts):
             told = (starts[row] < end) & (ends[row] > start)  # (T_txt,)
             labels[row, told] = IGNORE
+    name = "vision_features" if pictures[0].ndim == 4 else "vision_x"
     return {
-        "vision_features": torch.nn.utils.rnn.pad_sequence(pictures, batch_first=True),
+        name: torch.nn.utils.rnn.pad_sequence(pictures, batch_first=True),
         "lang_x": batch.input_ids,
         "attention_mask": batch.attention_mask,
         "labels": labels,

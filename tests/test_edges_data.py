@@ -22,6 +22,8 @@ from flamingo_lite import (
     load_sprites,
     load_vision_encoder,
     make_scenes,
+    merge_captions,
+    read_picture,
     whole_text,
 )
 
@@ -667,3 +669,150 @@ def test_a_progress_bar_only_where_it_is_asked_for(encode, capsys):
     assert capsys.readouterr() == ("", "")
     encode(of_red(0, 0), progress=True)
     assert "pictures: 100%" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------- large photographs
+
+
+def photograph(path, size=(1600, 1200), **settings):
+    """A JPEG with slow and fast changes, and its picture as it was saved."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.float32)
+    noise = rng.normal(0, 12, (size[1], size[0], 3))
+    Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8)).save(
+        path, "JPEG", quality=90, **settings
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("least", "size"),
+    [
+        (None, (1600, 1200)),
+        (1200, (1600, 1200)),
+        (600, (800, 600)),
+        (599, (800, 600)),
+        (300, (400, 300)),
+        (1, (200, 150)),
+    ],
+)
+def test_a_jpeg_is_decoded_no_larger_than_is_asked(tmp_path, least, size):
+    path = photograph(tmp_path / "a.jpg")
+    assert read_picture(path, least).size == size
+    small, whole = (
+        read_picture(path, least),
+        read_picture(path).resize(size, Image.Resampling.BOX),
+    )
+    difference = np.abs(np.asarray(small, float) - np.asarray(whole, float))
+    assert difference.mean() < 2
+
+
+def test_what_else_a_file_says_still_counts(tmp_path):
+    """It is turned, has one channel or four, is progressive, or holds two pictures."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = photograph(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(turned, 100).size == (150, 200)
+    progressive = photograph(tmp_path / "progressive.jpg", progressive=True)
+    assert read_picture(progressive, 100).size == (200, 150)
+    for mode in ("L", "CMYK"):
+        Image.open(turned).convert(mode).save(tmp_path / f"{mode}.jpg", exif=b"")
+        small = read_picture(tmp_path / f"{mode}.jpg", 100)
+        assert small.mode == "RGB" and small.size == (200, 150)
+    picture = Image.open(progressive)
+    picture.save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[picture])
+    assert read_picture(tmp_path / "two.jpg", 100).size == (200, 150)
+    picture.save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", 100).size == (1600, 1200)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_is_cut_off_is_found_at_every_size(tmp_path, progressive):
+    path = photograph(tmp_path / "a.jpg", (400, 300), progressive=progressive)
+    whole, found = path.read_bytes(), []
+    for end in (*range(0, len(whole), len(whole) // 20), len(whole) - 30, len(whole)):
+        path.write_bytes(whole[:end])
+        outcomes = []
+        for least in (None, 100, 1):
+            try:
+                read_picture(path, least)
+                outcomes.append(True)
+            except ValueError as error:
+                assert "a.jpg" in str(error)
+                outcomes.append(False)
+        assert len(set(outcomes)) == 1, end
+        found.append(outcomes[0])
+    assert not any(found[:-2]) and found[-1]
+
+
+def test_bytes_in_place_of_the_file(tmp_path):
+    content = photograph(tmp_path / "a.jpg").read_bytes()
+    gone = tmp_path / "gone.jpg"
+    assert read_picture(gone, 100, content).size == (200, 150)
+    with pytest.raises(ValueError, match=r"gone\.jpg"):
+        read_picture(gone, content=content[:500])
+
+
+def test_pictures_are_checked_at_an_eighth_of_their_size(tmp_path, monkeypatch):
+    write_folder(tmp_path, [row("a.jpg"), row("b.png")], ("b.png",))
+    photograph(tmp_path / "a.jpg")
+    seen, real = [], data.rgb_on_white
+
+    def note(picture):
+        made = real(picture)
+        seen.append(made.size)
+        return made
+
+    monkeypatch.setattr(data, "rgb_on_white", note)
+    load_captions(tmp_path, check_pictures=True)
+    assert seen == [(200, 150), (8, 6)]
+
+
+def test_encoding_decodes_twice_as_much_as_the_tower_takes(make_model, tmp_path):
+    """And its features are nearly those of the whole photograph."""
+    model, image_processor, _ = make_model()
+    path, seen = photograph(tmp_path / "a.jpg"), []
+
+    def note(picture):
+        seen.append(picture.size)
+        return image_processor(picture)
+
+    visual = model.vision_encoder
+    small = encode_pictures(visual, note, [path]).float()
+    whole = encode_pictures(visual, note, [read_picture(path)]).float()
+    assert seen == [(200, 150), (1600, 1200)]  # the tower takes 32 x 32
+    assert (small - whole).norm() < 0.02 * whole.norm()
+    assert data.size_to_decode(visual) == 64 and data.size_to_decode(Tower()) is None
+
+
+def test_a_list_that_is_shorter_than_it_says():
+    class Short(list):
+        def __len__(self):
+            return 5
+
+    with pytest.raises(ValueError, match="pictures ended after 3 of 5"):
+        encode_pictures(Tower(), sizes, Short(of_red(0, 0, 0)), 2)
+
+
+# ------------------------------------------------------- several captions of a picture
+
+
+def test_captions_of_a_picture_come_together(tmp_path):
+    listed = [
+        row("b.png", "two"),
+        {**row("a.png", "one"), "mood": "calm"},
+        {**row("a.png", "uno"), "mood": "wild"},
+        row("b.png", ["due", "two"]),
+        row("a.png", "one"),
+        row("c.png", "three"),
+    ]
+    write_folder(tmp_path, listed, ("a.png", "b.png", "c.png"))
+    rows = load_captions(tmp_path)
+    merged = merge_captions(rows)
+    assert [r["file_name"] for r in merged] == ["b.png", "a.png", "c.png"]
+    assert [r["text"] for r in merged] == [["two", "due"], ["one", "uno"], "three"]
+    assert merged[1]["mood"] == "calm" and merged[0]["path"] == tmp_path / "b.png"
+    assert len(rows) == 6 and rows[0]["text"] == "two"  # those are as they were
+    assert rows[3]["text"] == ["due", "two"] and merge_captions(merged) == merged
+    assert merge_captions([]) == []
