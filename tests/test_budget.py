@@ -114,7 +114,7 @@ def test_what_is_kept_for_backward(B, T_img, precision):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("with_muon", [False, True])
 def test_the_fullest_moment_of_a_step(with_muon, checkpointing):
-    """By formula, at most 2 % less than a step of two batches needs, or a tenth more."""
+    """By formula at most 2 % less than a step of two batches needs, or 10 % more."""
     kwargs = {"gradient_checkpointing": checkpointing}
     model, _, tokenizer = build_flamingo("tiny", **kwargs)
     model.train()
