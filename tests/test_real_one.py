@@ -4,13 +4,37 @@ The notebook's own cells run, in a process of their own: as the rehearsal with a
 language model and tower, and as the real thing against a hub on this machine.
 """
 
+import json
 import os
 import subprocess
 import sys
 
 import nbformat
-from conftest import ROOT
+import numpy as np
+import pytest
+import torch
+from conftest import CLIP_CONFIG, D_IMG, ROOT, SMALL, save_clip
 from hub import Hub
+
+from flamingo_lite import (
+    answer,
+    attention_maps,
+    caption,
+    caption_losses,
+    collate,
+    create_model_and_transforms,
+    encode_pictures,
+    group_scenes,
+    load_captions,
+    make_scenes,
+    occlusion,
+    show_maps,
+    spoil,
+    train,
+)
+from flamingo_lite.budget import PRECISIONS
+
+sys.path.insert(0, str(ROOT / "tools"))
 
 NARROW = """
 import sys
@@ -133,3 +157,82 @@ def test_a_big_folder_overwrites_nothing(tmp_path):
     assert code == 1 and error.startswith("big_folder:") and "not empty" in error
     code, _, error = call_tool("big_folder.py", 0, tmp_path / "new")
     assert code == 1 and "0 pictures are none" in error
+
+
+# ------------------------------------------------- chapters 9 to 11 at the other size
+
+
+@pytest.fixture(scope="module")
+def paper_like(tmp_path_factory):
+    """A narrow model with the paper's 224 pixels, 256 tokens and table of 50,267."""
+    from rehearsal import write_random_opt
+
+    folder = tmp_path_factory.mktemp("paper")
+    config = {**CLIP_CONFIG, "model_cfg": dict(CLIP_CONFIG["model_cfg"])}
+    vision = {"image_size": 224, "patch_size": 14}
+    config["model_cfg"]["vision_cfg"] = CLIP_CONFIG["model_cfg"]["vision_cfg"] | vision
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    opt = write_random_opt(folder / "opt", **sizes)
+    clip = save_clip(folder / "clip", config)
+    return create_model_and_transforms(clip, None, opt, opt, **SMALL)
+
+
+def test_nothing_is_written_for_64_pixels_alone(paper_like):
+    """What chapters 9, 10 and 11 do with scenes, with a model of another size."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    model, image_processor, tokenizer = paper_like
+    rows = [r for r in load_captions(ROOT / "data" / "emoji")[:400] if r["named"]]
+    scenes = make_scenes(rows, 12, seed=0, pairs=0.0)
+    pictures, texts = [s["picture"] for s in scenes], [s["text"] for s in scenes]
+    features = encode_pictures(model.vision_encoder, image_processor, pictures)
+    assert features.shape == (12, 1, 256, D_IMG)
+    quiet = {"report": lambda line: None}
+    train(model, tokenizer, features, texts, 2, batch_size=4, **quiet)
+    assert caption_losses(model, tokenizer, features, texts).shape == (12,)
+    said = caption(model, image_processor, tokenizer, pictures[:2], max_new_tokens=2)
+    assert len(said) == 2
+
+    groups = group_scenes(scenes)
+    episodes = [{"numbers": [0, 1, 2], "texts": texts[:3], "answer": texts[2]}]
+    spoilt = spoil(np.random.default_rng(0), episodes[0], "no pictures", groups)
+    blank = torch.zeros(1, *features.shape[1:], dtype=features.dtype)
+    told = answer(model, tokenizer, torch.cat((features, blank)), [*episodes, spoilt])
+    assert len(told) == 2
+
+    batch = collate([(features[:1], texts[:1])], tokenizer)
+    maps = attention_maps(model, batch)
+    assert maps[0].shape[-1] == 256
+    show_maps(pictures[0].resize((224, 224)), ["a"], maps[0][0, 0, 1])
+    cost = occlusion(model, image_processor, tokenizer, pictures[0], texts[0], 3)
+    assert cost.shape == (4, 4) and cost.isfinite().all()
+
+
+# --------------------------------------------------------------------- measure_gpu.py
+
+
+def test_the_measuring_script_in_its_smallest_form(tmp_path):
+    """Every part gives numbers on a CPU; the scaler and the resumed run are right."""
+    out = tmp_path / "gpu.json"
+    code, said, error = call_tool("measure_gpu.py", "--smallest", "--out", out)
+    assert code == 0, said + error[-2000:]
+    (found,) = json.loads(out.read_text()).values()
+    assert (found["size"], found["weights"]) == ("tiny", "of data/")
+    assert [s["precision"] for s in found["steps"]] == list(PRECISIONS)
+    assert all(s["seconds"] > 0 and s["budget"] > 0 for s in found["steps"])
+    assert found["train_rate"] > 0 and len(found["generation"]) == 4
+    assert set(found["optimizers"]) == {"AdamW", "Muon, float32", "Muon, bfloat16"}
+    scaler = found["scaler"]
+    assert 0 < scaler["left out"] == scaler["nothing moved in"] < scaler["steps"]
+    assert found["resumed"] == {"same bits": True, "apart": 0.0}
+    assert found["ddp"]["gradients apart"] == 0.0
+
+
+def test_the_measuring_script_says_what_it_wants(tmp_path):
+    code, _, error = call_tool("measure_gpu.py", "--smallest")
+    assert code == 1 and "--smallest needs --out" in error
+    if not torch.cuda.is_available():
+        code, _, error = call_tool("measure_gpu.py", "--out", tmp_path / "gpu.json")
+        assert code == 1 and "is no GPU" in error and not list(tmp_path.iterdir())
