@@ -1,0 +1,238 @@
+"""Chapter 12 in both of its forms, its tools in their smallest; nothing is downloaded.
+
+The notebook's own cells run, in a process of their own: as the rehearsal with a narrow
+language model and tower, and as the real thing against a hub on this machine.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from conftest import CLIP_CONFIG, D_IMG, ROOT, SMALL, save_clip
+from hub import Hub
+
+from flamingo_lite import (
+    answer,
+    attention_maps,
+    caption,
+    caption_losses,
+    collate,
+    create_model_and_transforms,
+    encode_pictures,
+    group_scenes,
+    load_captions,
+    make_scenes,
+    occlusion,
+    show_maps,
+    spoil,
+    train,
+)
+from flamingo_lite.budget import PRECISIONS
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+NARROW = """
+import sys
+sys.path[:0] = [{tests!r}, "."]
+import matplotlib
+matplotlib.use("agg")
+import open_clip
+from hub import CLIP_CONFIG
+
+# The real ViT-L-14 has 428 M numbers; here the name stands for a small one.
+small = {{**CLIP_CONFIG["model_cfg"]}}
+del small["quick_gelu"]
+open_clip.factory._MODEL_CONFIGS["ViT-L-14"] = small
+cells = {cells}
+"""
+RUN = """
+for number, cell in enumerate(cells):
+    try:
+        exec(compile(cell, f"cell {number}", "exec"), globals())
+    except Exception:
+        print(f"in cell {number}:", cell, sep="\\n", file=sys.stderr)
+        raise
+print("END", RUN, N_STEPS, len(history), sorted(scores))
+"""
+SMALL_OPT = """
+import rehearsal
+whole = rehearsal.write_random_opt
+sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32}
+sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+rehearsal.write_random_opt = lambda folder, narrow=sizes: whole(folder, **narrow)
+"""
+
+
+def code_cells():
+    """The code of the chapter, without its setup cell's search for a clone."""
+    notebook = nbformat.read(ROOT / "book" / "12_real_one.ipynb", 4)
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def run_chapter(tmp_path, before="", **environment):
+    """Run all cells of the chapter at a narrow size; what was printed."""
+    head = NARROW.format(tests=str(ROOT / "tests"), cells=code_cells())
+    script = tmp_path / "chapter.py"
+    tools = f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+    script.write_text(head + tools + before + RUN)
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=ROOT / "book",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+SHOTS = [(way, k) for way in ("shuffled", "true") for k in (0, 4, 8)]
+
+
+def test_the_rehearsal(tmp_path):
+    """Two steps, one of them lost and taken again; and it says that it is one."""
+    said = run_chapter(tmp_path, SMALL_OPT, FLAMINGO_LITE_SIZE="tiny")
+    assert "rehearsal: FLAMINGO_LITE_SIZE is 'tiny'" in said
+    assert "going on from step 1 of 2" in said
+    assert said.splitlines()[-1] == f"END rehearsal 2 2 {SHOTS}"
+
+
+def test_the_real_thing_against_a_stand_in_hub(tmp_path):
+    """The same cells with a hub: pretrained weights, ten epochs, no step is lost."""
+    from hub import CLIP, OPT, clip_files, opt_files
+
+    with Hub({OPT: opt_files(), CLIP: clip_files()}) as hub:
+        said = run_chapter(
+            tmp_path,
+            FLAMINGO_LITE_SIZE="paper",
+            HF_ENDPOINT=hub.address,
+            HF_HUB_OFFLINE="0",
+            HF_HOME=str(tmp_path / "cache"),
+        )
+        files = {path.rpartition("/")[2] for kind, path, _ in hub.asked}
+    assert "paper: FLAMINGO_LITE_SIZE is 'paper'" in said
+    assert {"open_clip_model.safetensors", "pytorch_model.bin"} <= files
+    assert said.splitlines()[-1] == f"END paper 10 10 {SHOTS}"
+
+
+# ------------------------------------------------------------------------- the tools
+
+
+def call_tool(name, *words, cwd=None):
+    command = [sys.executable, ROOT / "tools" / name, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_big_folder_is_a_caption_folder(tmp_path):
+    """Sizes of pictures as said, splits, two captions each, the same for a seed."""
+    from PIL import Image
+
+    from flamingo_lite import load_captions
+
+    for name in ("one", "other"):
+        code, said, error = call_tool("big_folder.py", 6, tmp_path / name)
+        assert code == 0, error
+    rows = load_captions(tmp_path / "one", split="train", check_pictures=True)
+    test = load_captions(tmp_path / "one", split="test")
+    assert (len(rows), len(test)) == (5, 1)
+    sizes = [Image.open(row["path"]).size for row in rows]
+    assert sizes.count((640, 480)) == 4 and sizes.count((4000, 3000)) == 1
+    assert all(len(row["text"]) == 2 for row in rows + test)
+    for path in (tmp_path / "one").rglob("*.*"):
+        same = tmp_path / "other" / path.relative_to(tmp_path / "one")
+        assert path.read_bytes() == same.read_bytes()
+
+
+def test_a_big_folder_overwrites_nothing(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    code, _, error = call_tool("big_folder.py", 6, tmp_path)
+    assert code == 1 and error.startswith("big_folder:") and "not empty" in error
+    code, _, error = call_tool("big_folder.py", 0, tmp_path / "new")
+    assert code == 1 and "0 pictures are none" in error
+
+
+# ------------------------------------------------- chapters 9 to 11 at the other size
+
+
+@pytest.fixture(scope="module")
+def paper_like(tmp_path_factory):
+    """A narrow model with the paper's 224 pixels, 256 tokens and table of 50,267."""
+    from rehearsal import write_random_opt
+
+    folder = tmp_path_factory.mktemp("paper")
+    config = {**CLIP_CONFIG, "model_cfg": dict(CLIP_CONFIG["model_cfg"])}
+    vision = {"image_size": 224, "patch_size": 14}
+    config["model_cfg"]["vision_cfg"] = CLIP_CONFIG["model_cfg"]["vision_cfg"] | vision
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    opt = write_random_opt(folder / "opt", **sizes)
+    clip = save_clip(folder / "clip", config)
+    return create_model_and_transforms(clip, None, opt, opt, **SMALL)
+
+
+def test_nothing_is_written_for_64_pixels_alone(paper_like):
+    """What chapters 9, 10 and 11 do with scenes, with a model of another size."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    model, image_processor, tokenizer = paper_like
+    rows = [r for r in load_captions(ROOT / "data" / "emoji")[:400] if r["named"]]
+    scenes = make_scenes(rows, 12, seed=0, pairs=0.0)
+    pictures, texts = [s["picture"] for s in scenes], [s["text"] for s in scenes]
+    features = encode_pictures(model.vision_encoder, image_processor, pictures)
+    assert features.shape == (12, 1, 256, D_IMG)
+    quiet = {"report": lambda line: None}
+    train(model, tokenizer, features, texts, 2, batch_size=4, **quiet)
+    assert caption_losses(model, tokenizer, features, texts).shape == (12,)
+    said = caption(model, image_processor, tokenizer, pictures[:2], max_new_tokens=2)
+    assert len(said) == 2
+
+    groups = group_scenes(scenes)
+    episodes = [{"numbers": [0, 1, 2], "texts": texts[:3], "answer": texts[2]}]
+    spoilt = spoil(np.random.default_rng(0), episodes[0], "no pictures", groups)
+    blank = torch.zeros(1, *features.shape[1:], dtype=features.dtype)
+    told = answer(model, tokenizer, torch.cat((features, blank)), [*episodes, spoilt])
+    assert len(told) == 2
+
+    batch = collate([(features[:1], texts[:1])], tokenizer)
+    maps = attention_maps(model, batch)
+    assert maps[0].shape[-1] == 256
+    show_maps(pictures[0].resize((224, 224)), ["a"], maps[0][0, 0, 1])
+    cost = occlusion(model, image_processor, tokenizer, pictures[0], texts[0], 3)
+    assert cost.shape == (4, 4) and cost.isfinite().all()
+
+
+# --------------------------------------------------------------------- measure_gpu.py
+
+
+def test_the_measuring_script_in_its_smallest_form(tmp_path):
+    """Every part gives numbers on a CPU; the scaler and the resumed run are right."""
+    out = tmp_path / "gpu.json"
+    code, said, error = call_tool("measure_gpu.py", "--smallest", "--out", out)
+    assert code == 0, said + error[-2000:]
+    (found,) = json.loads(out.read_text()).values()
+    assert (found["size"], found["weights"]) == ("tiny", "of data/")
+    assert [s["precision"] for s in found["steps"]] == list(PRECISIONS)
+    assert all(s["seconds"] > 0 and s["budget"] > 0 for s in found["steps"])
+    assert found["train_rate"] > 0 and len(found["generation"]) == 4
+    assert set(found["optimizers"]) == {"AdamW", "Muon, float32", "Muon, bfloat16"}
+    scaler = found["scaler"]
+    assert 0 < scaler["left out"] == scaler["nothing moved in"] < scaler["steps"]
+    assert found["resumed"] == {"same bits": True, "apart": 0.0}
+    assert found["ddp"]["gradients apart"] == 0.0
+
+
+def test_the_measuring_script_says_what_it_wants(tmp_path):
+    code, _, error = call_tool("measure_gpu.py", "--smallest")
+    assert code == 1 and "--smallest needs --out" in error
+    if not torch.cuda.is_available():
+        code, _, error = call_tool("measure_gpu.py", "--out", tmp_path / "gpu.json")
+        assert code == 1 and "is no GPU" in error and not list(tmp_path.iterdir())
