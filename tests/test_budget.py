@@ -30,7 +30,7 @@ from flamingo_lite.budget import (
 from flamingo_lite.checkpoints import save_checkpoint
 from flamingo_lite.training import make_batch, make_optimizers, training_step
 
-KEPT = 0.02  # how far a formula of kept bytes may be from what is measured
+LEAST, MOST = 0.98, 1.15  # of what is measured: a budget may be too large, not small
 
 
 def count(module):
@@ -99,14 +99,14 @@ def test_sizes_are_read_off_a_model(kwargs, make_model):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("B, T_img", [(2, 1), (3, 3)])
 def test_what_is_kept_for_backward(B, T_img, precision):
-    """By formula and as measured: alike within KEPT."""
+    """By formula and as measured."""
     model, _, tokenizer = build_flamingo("tiny")
     model.train()
     batch = batch_of(model, tokenizer, B, T_img)
     measured, cast = kept_by_backward(model, batch, precision)
     shape = T_img, batch["lang_x"].shape[1], 1, precision
     formula = B * sum(kept_for_backward(sizes_of(model), *shape).values())
-    assert abs(formula / measured - 1) < KEPT
+    assert LEAST < formula / measured < MOST
     copies = budget(sizes_of(model), B, *shape)["half copies"]
     assert abs(copies - cast) <= 0.02 * copies
 
