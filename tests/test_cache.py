@@ -5,6 +5,7 @@ Whoever must die does so by SIGKILL, in a process of its own.
 """
 
 import errno
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -39,6 +40,7 @@ from flamingo_lite import (
     make_tasks,
     nearest,
     read_picture,
+    train,
 )
 
 posix = pytest.mark.skipif(os.name != "posix", reason="no SIGKILL here")
@@ -757,6 +759,27 @@ def test_batches_from_it(flamingo):
             for f in (there, tensor)
         )
     )
+
+
+TAKES_IT = "log" in inspect.signature(train).parameters  # since then `train` asks less
+
+
+@pytest.mark.skipif(not TAKES_IT, reason="this `train` takes tensors only")
+def test_training_from_it(flamingo, make_model, paths, tmp_path):
+    """The same weights as from a tensor, and nearly so from pixels."""
+    _, image_processor, tokenizer, there, tensor = flamingo
+    texts = [f"picture {i}" for i in range(20)]
+    texts[3] = ["three", "drei"]
+    ends = []
+    for features in (there, tensor, PixelSource(paths, image_processor)):
+        model = make_model(seed=1)[0]
+        settings = {"n_steps": 6, "batch_size": 4, "report_every": 3}
+        settings |= {"report": str, "checkpoint": tmp_path / f"{len(ends)}.pt"}
+        train(model, tokenizer, features, texts, **settings)
+        ends.append(model.state_dict())
+    for name, weights in ends[0].items():
+        assert torch.equal(weights, ends[1][name]), name
+        torch.testing.assert_close(weights, ends[2][name], atol=2e-2, rtol=2e-2)
 
 
 def test_captions_and_few_shot_from_it(flamingo):
