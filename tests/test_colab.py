@@ -16,6 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook
 
 GIT = """#!/bin/sh
@@ -39,11 +40,17 @@ print(os.path.realpath("."))
 """
 
 
-def setup_cell():
+def address(owner="somebody"):
+    """The book's address; somebody's while it is not set."""
+    url = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    return url.replace("/OWNER/", f"/{owner}/")
+
+
+def setup_cell(owner="somebody"):
     """The setup cell with the book's own address, as tools/sync.py writes it."""
     template = runpy.run_path(str(ROOT / "tools" / "sync.py"))["SETUP"]
     repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
-    return template.format(**repository)
+    return template.format(**repository | {"url": address(owner)})
 
 
 def only_imports(source):
@@ -68,8 +75,8 @@ def cells_to_run():
         for c in code
         if "setup" in c.metadata.get("tags", []) or only_imports(c.source)
     ]
-    assert kept[0] == setup_cell(), "the first code cell is not the setup cell"
-    return kept
+    assert kept[0] == setup_cell("OWNER"), "the first code cell is not the setup cell"
+    return [setup_cell(), *kept[1:]]
 
 
 def write_script(path, text):
@@ -113,9 +120,8 @@ def test_a_notebook_alone_in_colab(colab):
     assert module == str(content / "flamingo_lite" / "flamingo_lite" / "perceiver.py")
     assert folder == str(content / "flamingo_lite" / "book")
     calls = log.read_text().splitlines()
-    url = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
-    assert len(calls) == 2
-    assert calls[0].startswith("git clone") and f" {url} flamingo_lite" in calls[0]
+    assert len(calls) == 2 and calls[0].startswith("git clone")
+    assert f" {address()} flamingo_lite" in calls[0]
     assert calls[1].split()[:2] == ["pip", "install"]
     packages = [word for word in calls[1].split()[2:] if not word.startswith("-")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -134,12 +140,22 @@ def test_a_restarted_session_in_colab(colab):
     assert log.read_text().count("git clone") == 1
 
 
-def test_a_clone_needs_no_colab(tmp_path, monkeypatch):
-    """Outside Colab, in book/, the same cell fetches nothing and finds the package."""
+def test_an_address_that_is_not_set(colab):
+    """Nothing is fetched, and one line says what to do."""
+    run, content, log = colab
+    with pytest.raises(CellExecutionError, match="--repository OWNER/NAME"):
+        run([setup_cell("OWNER"), PROBE])
+    assert log.read_text() == ""
+
+
+@pytest.mark.parametrize("start", ["book", "."])
+def test_a_clone_needs_no_colab(start, tmp_path, monkeypatch):
+    """Outside Colab, in book/ or above it, nothing is fetched, the package found."""
     monkeypatch.setenv("PATH", str(tmp_path))  # neither git nor pip
-    notebook = new_notebook(cells=[new_code_cell(c) for c in (setup_cell(), PROBE)])
+    cells = (setup_cell(), "import figures", PROBE)
+    notebook = new_notebook(cells=[new_code_cell(c) for c in cells])
     NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "book")}}
+        notebook, timeout=300, resources={"metadata": {"path": str(ROOT / start)}}
     ).execute()
     module = notebook.cells[-1].outputs[0].text.split()[0]
     assert module == str(ROOT / "flamingo_lite" / "perceiver.py")

@@ -35,8 +35,12 @@ import subprocess
 import sys
 import tomllib
 
+if os.path.exists("book/figures.py"):  # an editor that starts in the clone itself
+    os.chdir("book")
 if "google.colab" in sys.modules and not os.path.exists("figures.py"):
     book = "{url}"
+    if "/OWNER/" in book:
+        raise SystemExit("in a clone: python tools/sync.py --repository OWNER/NAME")
     clone = f"git clone -q --depth=1 --branch={branch} {{book}} flamingo_lite"
     if not os.path.exists("flamingo_lite"):
         subprocess.run(clone, shell=True, check=True)
