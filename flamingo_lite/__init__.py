@@ -187,7 +187,7 @@ _HOME = {
     "sizes_of": "budget",
     "PRECISIONS": "budget",
     "kept_for_backward": "budget",
-    "budget": "budget",
+    "memory_budget": "budget",
     "disk": "budget",
     "GPUS": "budget",
     "ROOM": "budget",

@@ -225,7 +225,7 @@ def _kept_of_layer(sizes, T_txt, half):
     return half * products + 4 * T_txt * (2 * (lm["d"] + 2) + lm["heads"])
 
 
-def budget(
+def memory_budget(
     sizes=PAPER,
     B=1,
     T_img=1,
@@ -324,15 +324,15 @@ def largest_batch(memory, wanted=64, **settings):
     Args:
         memory: of the GPU, in bytes; ROOM of it is used.
         wanted: sequences for one step of the optimizer.
-        settings: for `budget`, without B.
+        settings: for `memory_budget`, without B.
 
     Raises:
         ValueError: not even one sequence fits.
     """
     for B in (B for B in range(wanted, 0, -1) if wanted % B == 0):
-        if sum(budget(B=B, **settings).values()) <= ROOM * memory:
+        if sum(memory_budget(B=B, **settings).values()) <= ROOM * memory:
             return B, wanted // B
-    needed = sum(budget(B=1, **settings).values()) / ROOM
+    needed = sum(memory_budget(B=1, **settings).values()) / ROOM
     raise ValueError(
         f"one sequence needs {needed / 1e9:.1f} GB and there are {memory / 1e9:.1f}: "
         "take gradient_checkpointing=True, precision in half, or fewer tokens"

@@ -100,7 +100,9 @@ def _load(options):
 
 def _captions(folder, options):
     """The rows of a caption folder, and the text or texts of each."""
-    rows = flamingo_lite.load_captions(folder, skip_broken=options.skip_broken)
+    rows = flamingo_lite.merge_captions(
+        flamingo_lite.load_captions(folder, skip_broken=options.skip_broken)
+    )
     return rows, [row["text"] for row in rows]
 
 
@@ -240,7 +242,8 @@ def _info(options):
     """Print versions, the device, where files are kept, and a model's size."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    parts = dict(_parts(_load(options)[0])) if options.model else {}
+    model = _load(options)[0] if options.model else None
+    parts = dict(_parts(model)) if options.model else {}
     facts = {"flamingo_lite": flamingo_lite.__version__}
     facts["Python"] = platform.python_version()
     for library in ("torch", "transformers", "open_clip_torch", "timm", "pillow"):
@@ -249,6 +252,10 @@ def _info(options):
     facts["downloads in"] = HF_HUB_CACHE
     facts["features in"] = _kept() / "features"
     facts |= {name: f"{count:,} numbers" for name, count in parts.items()}
+    if options.model:
+        sizes = flamingo_lite.sizes_of(model)
+        needs = flamingo_lite.memory_budget(sizes, B=64).values()
+        facts["a step of 64"] = f"{sum(needs) / 1e9:.2f} GB, of one picture each"
     for name, value in facts.items():
         print(f"{name:15s} {value}")
 

@@ -17,7 +17,6 @@ from flamingo_lite.budget import (
     PAPER,
     MemoryUse,
     arithmetic,
-    budget,
     choose_run,
     count_parameters,
     disk,
@@ -25,6 +24,7 @@ from flamingo_lite.budget import (
     kept_by_backward,
     kept_for_backward,
     largest_batch,
+    memory_budget,
     sizes_of,
 )
 from flamingo_lite.checkpoints import save_checkpoint
@@ -107,7 +107,7 @@ def test_what_is_kept_for_backward(B, T_img, precision):
     shape = T_img, batch["lang_x"].shape[1], 1, precision
     formula = B * sum(kept_for_backward(sizes_of(model), *shape).values())
     assert LEAST < formula / measured < MOST
-    copies = budget(sizes_of(model), B, *shape)["half copies"]
+    copies = memory_budget(sizes_of(model), B, *shape)["half copies"]
     assert abs(copies - cast) <= 0.02 * copies
 
 
@@ -124,7 +124,7 @@ def test_the_fullest_moment_of_a_step(with_muon, checkpointing):
         for _ in range(2):
             training_step(model, [batch, batch], optimizers, 1.0)
     sizes, T_txt = sizes_of(model), batch["lang_x"].shape[1]
-    needs = budget(sizes, 32, 1, T_txt, with_muon=with_muon, **kwargs)
+    needs = memory_budget(sizes, 32, 1, T_txt, with_muon=with_muon, **kwargs)
     needs["frozen weights"] -= 4 * count_parameters(sizes)["vision encoder"]
     assert 0.98 <= sum(needs.values()) / use.peak < 1.1
     if not checkpointing:
@@ -140,7 +140,7 @@ def test_gradients_and_averages_are_counted_exactly():
     for with_muon in (False, True):
         optimizers = make_optimizers(model, 1e-3, with_muon=with_muon)
         training_step(model, batch_of(model, tokenizer, 2, 1), optimizers, 1.0)
-        needs = budget(sizes_of(model), with_muon=with_muon)
+        needs = memory_budget(sizes_of(model), with_muon=with_muon)
         grads = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         assert needs["gradients"] == grads
         states = [s for o in optimizers for s in o.state.values()]
@@ -178,16 +178,16 @@ def test_what_lies_on_the_disk(tmp_path):
 
 
 def test_half_precision_halves_what_is_kept_and_not_the_rest():
-    full, half = (budget(B=64, precision=p) for p in ("float32", "float16"))
+    full, half = (memory_budget(B=64, precision=p) for p in ("float32", "float16"))
     assert 0.5 < half["kept for backward"] / full["kept for backward"] < 0.7
     for part in ("trained weights", "gradients", "optimizer", "frozen weights"):
         assert half[part] == full[part]
     assert full["half copies"] == 0 < half["half copies"]
-    less = budget(B=64, precision="float16", frozen_half=True)
+    less = memory_budget(B=64, precision="float16", frozen_half=True)
     assert less["frozen weights"] == full["frozen weights"] // 2
     assert less["half copies"] < half["half copies"]
     with pytest.raises(ValueError, match="no precision 'int8': float32, float16"):
-        budget(precision="int8")
+        memory_budget(precision="int8")
 
 
 # ----------------------------------------------------------------- batches, arithmetic
@@ -199,8 +199,8 @@ def test_the_largest_batch_that_fits(gpu):
     memory, settings = GPUS[gpu]["memory"], {"T_img": 9, "T_txt": 288}
     B, accumulate = largest_batch(memory, 64, **settings)
     assert B * accumulate == 64
-    assert sum(budget(B=B, **settings).values()) <= 0.9 * memory
-    assert sum(budget(B=2 * B, **settings).values()) > 0.9 * memory
+    assert sum(memory_budget(B=B, **settings).values()) <= 0.9 * memory
+    assert sum(memory_budget(B=2 * B, **settings).values()) > 0.9 * memory
     assert largest_batch(memory, 12, **settings)[0] in (1, 2, 3, 4, 6, 12)
 
 

@@ -28,7 +28,7 @@ import torch
 from rehearsal import write_random_opt
 
 from flamingo_lite import build_flamingo, caption, choose_device, describe_device, train
-from flamingo_lite.budget import budget, hub_answers, sizes_of
+from flamingo_lite.budget import hub_answers, memory_budget, sizes_of
 from flamingo_lite.precision import Precision
 from flamingo_lite.training import Muon, make_batch, make_optimizers, training_step
 
@@ -126,7 +126,7 @@ class Bench:
 
         line = {"seconds": seconds_of(take, self.device)}
         T_txt = batch["lang_x"].shape[1]
-        needs = budget(self.sizes, B=B, T_txt=T_txt, precision=name)
+        needs = memory_budget(self.sizes, B=B, T_txt=T_txt, precision=name)
         line |= {"tokens": T_txt, "budget": sum(needs.values())}
         if self.device.type == "cuda":
             line["memory"] = torch.cuda.max_memory_allocated(self.device)
