@@ -189,14 +189,14 @@ def _kept_of_picture(sizes, F, half):
     d, n, inner = vision["d"], perceiver["n"], perceiver["inner"]
     tokens = F * vision["v"]
     products = n * d  # the latents, normalised
-    products += (tokens + n) * d  # and with them the visual tokens
+    products += tokens * d  # the visual tokens, normalised
     products += (tokens + n) * 2 * inner  # keys, values
     products += 2 * n * inner  # queries; what was read
     products += n * d + 2 * n * perceiver["ff"] * d  # feed-forward, around its GELU
-    norms = 4 * n + 2 * tokens + perceiver["heads"] * n  # means, spreads; softmax
+    norms = 4 * n + perceiver["heads"] * n  # means, spreads; softmax
     layer = half * products + 4 * (norms + n * d)  # and the latents between the halves
     latents = perceiver["depth"] * n * d  # before each layer but the first; at the end
-    return perceiver["depth"] * layer + 4 * (latents + 2 * n + tokens * d)
+    return perceiver["depth"] * layer + 4 * (latents + 2 * n)
 
 
 def _kept_media(sizes, T_img, half):
@@ -256,6 +256,8 @@ def memory_budget(
     learning = counts["perceiver"] + counts["gated blocks"]
     learns = matrices["learning"] if with_muon else 0
     copied = matrices["learning"] + table + matrices["frozen"] * (not frozen_half)
+    vision, perceiver = sizes["vision"], sizes["perceiver"]  # `to_kv` is scaled, too:
+    copied += perceiver["depth"] * 2 * vision["d"] * perceiver["inner"]
     kept = kept_for_backward(sizes, T_img, T_txt, F, precision)
     if gradient_checkpointing:
         kept = _checkpointed(sizes, kept, T_img, T_txt, precision)

@@ -28,7 +28,7 @@ from transformers import (
 import flamingo_lite
 from flamingo_lite.layers import FlamingoLMMixin, extend_instance
 from flamingo_lite.model import Flamingo, token_tables, train_new_rows_only
-from flamingo_lite.vision import load_vision_encoder, tower_settings
+from flamingo_lite.vision import TimmTower, load_vision_encoder, tower_settings
 
 _HERE = Path(flamingo_lite.__file__).parent
 # In a clone the data are beside the package; installed, it carries the tiny ones.
@@ -180,7 +180,7 @@ LM_SETTINGS = (
 def backbone_settings(module):
     """What a backbone computes with, beside its weights: plain values by name."""
     visual, config = getattr(module, "visual", module), getattr(module, "config", None)
-    if hasattr(visual, "image_size"):
+    if isinstance(visual, TimmTower) or hasattr(visual, "attn_pool"):
         return tower_settings(visual)
     rope = getattr(config, "rope_parameters", None) or {}
     found = {name: getattr(config, name, None) for name in LM_SETTINGS}

@@ -8,6 +8,7 @@ open_clip, both with random weights, are saved in the formats of their libraries
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from flamingo_lite import create_model_and_transforms
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # faster than two for tensors as small as these
 D_IMG, D_TXT, V = 32, 32, 16  # widths, and visual tokens of one picture
 SMALL = {
