@@ -94,6 +94,17 @@ def make_batch(rows, features, texts, tokenizer, device, sequences=None, lot=Non
     return _moved(batch, device)
 
 
+_MUCH = 0.45  # a share of padding from which on batches are sorted by length
+
+
+def padding_by_lot(n_tokens, rows):
+    """The share of padding in batches of `rows` texts that are drawn by lot."""
+    order = np.random.default_rng(0).permutation(len(n_tokens))
+    counts = np.asarray(n_tokens)[order] + 3  # start, `<image>`, `<|endofchunk|>`
+    batches = [counts[i : i + rows] for i in range(0, len(counts), rows)]
+    return 1 - counts.sum() / sum(len(batch) * batch.max() for batch in batches)
+
+
 def count_tokens(texts, tokenizer):
     """A list like `texts`, of lists, with its number of tokens for each text."""
 
@@ -195,7 +206,10 @@ class Examples:
                 _told(row, self._counts, self.sequences, lot)
                 for row in range(len(self.texts))
             )
-            self._n_tokens, self._epoch_of_tokens = tuple(map(sum, told)), epoch
+            n_tokens = tuple(map(sum, told))
+            is_worth_it = padding_by_lot(n_tokens, self.per_step) > _MUCH
+            self._n_tokens = n_tokens if is_worth_it else None
+            self._epoch_of_tokens = epoch
         order = self.lengths, self.per_step, step, self.seed
         return batch_for_step(*order, self._n_tokens)
 

@@ -37,7 +37,7 @@ from flamingo_lite.data import (
 from flamingo_lite.loading import fingerprint
 
 FORMAT = 1  # of these files
-NUMBERS = {"float16": np.float16, "float32": np.float32}
+NUMBER_FORMATS = {"float16": np.float16, "float32": np.float32}
 
 
 def _digest(*parts):
@@ -69,8 +69,8 @@ def cache_settings(visual, image_processor, dtype=torch.float16):
     """
     visual = getattr(visual, "visual", visual)  # of a VisionEncoder
     name = str(dtype).removeprefix("torch.")
-    if name not in NUMBERS:
-        raise ValueError(f"want {' or '.join(NUMBERS)}, got {name}")
+    if name not in NUMBER_FORMATS:
+        raise ValueError(f"want {' or '.join(NUMBER_FORMATS)}, got {name}")
     pixels = _trial(image_processor)  # (2, 3, H, W)
     if not torch.equal(pixels, _trial(image_processor)):
         raise ValueError(
@@ -180,7 +180,7 @@ class _Index:
         try:
             settings = json.loads((self.folder / "settings.json").read_bytes())
             shape, name = tuple(settings["shape"]), settings["dtype"]
-            self.shape, self.dtype = shape, np.dtype(NUMBERS[name])
+            self.shape, self.dtype = shape, np.dtype(NUMBER_FORMATS[name])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{self.folder} holds no features") from error
         except (ValueError, KeyError, TypeError) as error:

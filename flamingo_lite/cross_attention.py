@@ -157,7 +157,7 @@ class MaskedCrossAttention(nn.Module):
     def read_blocks(self, q, k, v, locations, T_img):
         """As `read_masked`, each word only its own image: for the immediate rule.
 
-        With one image the two rules are the same, and there is nothing to fetch.
+        With one image there is nothing to fetch, and any rule will do.
         """
         B, h, T_txt, d_head = q.shape
         clock = text_time(locations)[:, -T_txt:]  # (B, T_txt)
@@ -173,7 +173,9 @@ class MaskedCrossAttention(nn.Module):
             read = nn.functional.scaled_dot_product_attention(asked, k, v)
             read = read.transpose(1, 2).reshape(B, -1, h, d_head)  # (B, places, …)
             read = read[rows, place].transpose(1, 2)  # (B, h, T_txt, d_head)
-        blind = (clock < 1) | (clock > T_img)  # (B, T_txt)
+        blind = clock < 1  # (B, T_txt)
+        if self.only_attend_immediate_media:
+            blind |= clock > T_img  # an `<image>` without a picture
         return read.masked_fill(blind[:, None, :, None], 0.0)
 
     def forward(

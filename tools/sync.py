@@ -175,7 +175,11 @@ def main():
             module, source, names = exported
             modules.append((module, path.name, title_of(notebook)))
             wanted[ROOT / "flamingo_lite" / f"{module}.py"] = source
+            if twice := sorted(home.keys() & set(names)):
+                sys.exit(f"{path.name}: exports {twice[0]}, as {home[twice[0]]} does")
             home |= dict.fromkeys(names, module)
+    if both := sorted(home.keys() & set(home.values())):
+        sys.exit(f"{both[0]} is the name of a module, and of something in one")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted[ROOT / "flamingo_lite" / "__init__.py"] = INIT.format(
         version=project["version"],
