@@ -256,8 +256,6 @@ def memory_budget(
     learning = counts["perceiver"] + counts["gated blocks"]
     learns = matrices["learning"] if with_muon else 0
     copied = matrices["learning"] + table + matrices["frozen"] * (not frozen_half)
-    vision, perceiver = sizes["vision"], sizes["perceiver"]  # `to_kv` is scaled, too:
-    copied += perceiver["depth"] * 2 * vision["d"] * perceiver["inner"]
     kept = kept_for_backward(sizes, T_img, T_txt, F, precision)
     if gradient_checkpointing:
         kept = _checkpointed(sizes, kept, T_img, T_txt, precision)
@@ -354,10 +352,12 @@ def arithmetic(sizes=PAPER, T_img=1, T_txt=32, F=1):
     encode += vision["layers"] * (12 * (v + 1) * d_img**2 + 2 * (v + 1) ** 2 * d_img)
 
     tokens, inner = F * v, perceiver["inner"]
-    products = 2 * n * d_img * inner + (tokens + n) * d_img * 2 * inner
+    products = 2 * n * d_img * inner + n * d_img * 2 * inner
     products += 2 * n * perceiver["ff"] * d_img**2
     reading = 2 * n * (tokens + n) * inner
-    learning = T_img * perceiver["depth"] * (3 * products + 3.5 * reading)
+    asked = tokens * d_img * 2 * inner  # visual tokens need no gradient
+    layer = 3 * products + 2 * asked + 3.5 * reading
+    learning = T_img * perceiver["depth"] * layer
 
     latents, inner = T_img * n, blocks["inner"]
     products = 2 * T_txt * d * inner + latents * d_img * 2 * inner
