@@ -198,6 +198,10 @@ def test_info_names_versions_device_and_sizes(command, monkeypatch, tmp_path):
 # -------------------------------------------------------------------------- the program
 
 
+# As in this process: sums are rounded in another order by another number of threads.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def program(*words, **options):
     """The command line as a process of its own."""
     return subprocess.Popen(
@@ -206,7 +210,7 @@ def program(*words, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
+        **{"env": ONE_THREAD, **options},
     )
 
 
@@ -250,6 +254,7 @@ def test_ctrl_c_says_how_to_go_on_and_that_ends_as_a_whole_run(images, tmp_path)
     go_on = subprocess.run(
         ["sh", "-c", line.replace("python", sys.executable, 1)],
         cwd=ROOT,
+        env=ONE_THREAD,
         capture_output=True,
         text=True,
     )
