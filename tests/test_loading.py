@@ -380,7 +380,7 @@ def test_the_converted_tokenizer_starts_every_text(where, package):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
     start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     file, _ = package
-    plain = loading.AutoTokenizer.from_pretrained(file.parent, file.name)
+    plain = foreign.AutoTokenizer.from_pretrained(file.parent, file.name)
     for text in ("", "a lemon", "a lemon\n\na fox"):
         alone = plain(text).input_ids
         assert start not in alone and tokenizer(text).input_ids == [start, *alone]
