@@ -8,6 +8,7 @@ from IPython.display import HTML, display
 from matplotlib.patches import FancyBboxPatch
 
 PINK, PALE, GREY, INK = "#d6336c", "#fbe3ec", "#e9ecef", "#343a40"
+RIGHT, WRONG = PINK, "#5c636a"  # of an answer, with ✓ or ✗ beside it
 
 # name -> (left, bottom, width, height, label, shape that comes out)
 BLOCKS = {

@@ -45,6 +45,7 @@ _HOME = {
     "NOT_WITH_PICTURES": "model",
     "asked_for": "model",
     "check_options": "model",
+    "with_defaults": "model",
     "Flamingo": "model",
     "train_new_rows_only": "model",
     "token_tables": "model",

@@ -46,7 +46,6 @@ from flamingo_lite import (
     foreign,
     load_flamingo,
     load_vision_encoder,
-    loading,
     save_flamingo,
     smollm2_folder,
 )
