@@ -1,13 +1,17 @@
 """The drawings that several chapters share. Not part of the package."""
 
 import base64
+import html
 import io
+import re
 
 import matplotlib.pyplot as plt
 from IPython.display import HTML, display
 from matplotlib.patches import FancyBboxPatch
 
 PINK, PALE, GREY, INK = "#d6336c", "#fbe3ec", "#e9ecef", "#343a40"
+# Right and wrong, on every page, with a mark beside: no other meaning has these two.
+RIGHT, WRONG = "#087f5b", "#c2410c"
 
 # name -> (left, bottom, width, height, label, shape that comes out)
 BLOCKS = {
@@ -100,7 +104,20 @@ def flamingo_map(lit):
     plt.show()
 
 
-def show_pictures(pictures, titles=None, columns=6, colours=None, size=1.5):
+def verdict(said, wanted):
+    """What was said with ✓ or ✗ before it, and the truth under it if it is wrong.
+
+    Returns:
+        (title, colour), the colour RIGHT or WRONG.
+    """
+    if said == wanted:
+        return f"✓ {said}", RIGHT
+    return f"✗ {said}\n({wanted})", WRONG
+
+
+def show_pictures(
+    pictures, titles=None, columns=6, colours=None, size=1.5, wanted=None
+):
     """Show pictures in rows, each with a title under which a reader can check it.
 
     Args:
@@ -109,7 +126,11 @@ def show_pictures(pictures, titles=None, columns=6, colours=None, size=1.5):
         columns: pictures in a row.
         colours: of the titles, a name for each.
         size: inches for a picture's side.
+        wanted: what each title should be; each is then marked as right or wrong.
     """
+    if wanted is not None:
+        marked = [verdict(*both) for both in zip(titles, wanted, strict=True)]
+        titles, colours = zip(*marked, strict=True)
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0
@@ -179,3 +200,65 @@ def show_film(frames, alt, seconds=0.5):
     style = "width:160px;image-rendering:pixelated;border:1px solid #adb5bd"
     image = f'<img alt="{alt}" style="{style}" src="data:image/gif;base64,{data}">'
     display(HTML(image))
+
+
+MARKS = {"✓": ' class="right"', "✗": ' class="wrong"'}
+
+
+class table:
+    """Rows as a table of the page; where there is no page, as lined-up text.
+
+    The last line of a cell: `table([("lemon", 12), ("cow", 7)], ("thing", "right"))`.
+    A number stands at the right of its column. How many digits it has is yours to say:
+    `f"{loss:.2f}"`. A cell that begins with ✓ or ✗ has its colour.
+
+    Args:
+        rows: sequences of strings or numbers, one for each row, all of one length.
+        header: a string for each column.
+
+    Raises:
+        ValueError: a row has more or fewer cells than the header.
+    """
+
+    def __init__(self, rows, header):
+        self.header = [str(cell) for cell in header]
+        self.rows = [[str(cell) for cell in row] for row in rows]
+        for number, row in enumerate(self.rows):
+            if len(row) != len(self.header):
+                raise ValueError(
+                    f"row {number} has {len(row)} cells, the header {len(self.header)}"
+                )
+        columns = zip(*self.rows, strict=True)
+        self.is_number = [all(map(is_number, column)) for column in columns]
+        self.is_number = self.is_number or [False] * len(self.header)
+
+    def __repr__(self):
+        lines = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rule = ["-" * width for width in widths]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(line, widths, self.is_number, strict=True)
+            ).rstrip()
+            for line in (self.header, rule, *self.rows)
+        )
+
+    def _repr_html_(self):
+        def line(cells, tag):
+            style = [' style="text-align: right"' * right for right in self.is_number]
+            marks = [MARKS.get(cell[:1], "") for cell in cells]
+            return "".join(
+                f"<{tag}{mark}{side}>{html.escape(cell)}</{tag}>"
+                for mark, side, cell in zip(marks, style, cells, strict=True)
+            )
+
+        head = line(self.header, "th")
+        body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in self.rows)
+        head = f"<thead>\n<tr>{head}</tr>\n</thead>"
+        return f'<table class="table">\n{head}\n<tbody>\n{body}\n</tbody>\n</table>'
+
+
+def is_number(text):
+    """True if a table's cell holds a number: 0.21, 1,200, 87 %, ×3, −5; or a dash."""
+    return re.fullmatch(r"[-−–+×≈<~]?\s?[\d.,]*\s?(%|[x×])?", text.strip()) is not None

@@ -85,46 +85,14 @@ def cut_into_blocks(image, T_img):
     return block * c + number % c, block_image, c
 
 
-class MaskedCrossAttention(nn.Module):
-    """Let each text token read the images it may look at (Flamingo, 2.2 and 2.3).
+class _TwoWaysToRead(nn.Module):
+    """How queries ask keys and values: behind the mask, or block by block.
 
-    Args:
-        dim: d_txt, width of the text.
-        dim_visual: d_img, width of the latents.
-        dim_head, heads: width of one head, number of heads h.
-        only_attend_immediate_media: see `text_to_media_mask`.
+    Who uses it has `heads` and `only_attend_immediate_media`.
     """
-
-    def __init__(
-        self, *, dim, dim_visual, dim_head=64, heads=8, only_attend_immediate_media=True
-    ):
-        super().__init__()
-        self.heads = heads
-        self.only_attend_immediate_media = only_attend_immediate_media
-        inner_dim = dim_head * heads
-        self.norm = nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, inner_dim, bias=False)
-        self.to_kv = nn.Linear(dim_visual, inner_dim * 2, bias=False)
-        self.to_out = nn.Linear(inner_dim, dim, bias=False)
-
-    def _so_far(self, T_txt, media_locations, use_cached_media):
-        """(B, T_all) bool, `media_locations` of all tokens up to the last of T_txt."""
-        if use_cached_media:  # all T_txt tokens come after those of media_locations
-            after = media_locations.new_zeros(len(media_locations), T_txt)
-            return torch.cat((media_locations, after), dim=1)
-        T_all = media_locations.shape[1]
-        if T_all < T_txt:
-            raise ValueError(f"{T_txt} tokens, but media_locations for {T_all}")
-        return media_locations
 
     def _split_heads(self, t):
         return rearrange(t, "B tokens (h d) -> B h tokens d", h=self.heads)
-
-    def keys_values(self, media):
-        """(B, T_img, n, d_img) latents to k and v, (B, h, T_img * n, d_head) each."""
-        latents = rearrange(media, "B T_img n d -> B (T_img n) d")
-        k, v = self.to_kv(latents).chunk(2, dim=-1)  # (B, T_img * n, h * d_head) each
-        return self._split_heads(k), self._split_heads(v)
 
     def read_masked(self, q, k, v, locations, T_img):
         """Ask the latents of all images, behind the mask: for either rule.
@@ -177,6 +145,45 @@ class MaskedCrossAttention(nn.Module):
         if self.only_attend_immediate_media:
             blind |= clock > T_img  # an `<image>` without a picture
         return read.masked_fill(blind[:, None, :, None], 0.0)
+
+
+class MaskedCrossAttention(_TwoWaysToRead):
+    """Let each text token read the images it may look at (Flamingo, 2.2 and 2.3).
+
+    Args:
+        dim: d_txt, width of the text.
+        dim_visual: d_img, width of the latents.
+        dim_head, heads: width of one head, number of heads h.
+        only_attend_immediate_media: see `text_to_media_mask`.
+    """
+
+    def __init__(
+        self, *, dim, dim_visual, dim_head=64, heads=8, only_attend_immediate_media=True
+    ):
+        super().__init__()
+        self.heads = heads
+        self.only_attend_immediate_media = only_attend_immediate_media
+        inner_dim = dim_head * heads
+        self.norm = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner_dim, bias=False)
+        self.to_kv = nn.Linear(dim_visual, inner_dim * 2, bias=False)
+        self.to_out = nn.Linear(inner_dim, dim, bias=False)
+
+    def _so_far(self, T_txt, media_locations, use_cached_media):
+        """(B, T_all) bool, `media_locations` of all tokens up to the last of T_txt."""
+        if use_cached_media:  # all T_txt tokens come after those of media_locations
+            after = media_locations.new_zeros(len(media_locations), T_txt)
+            return torch.cat((media_locations, after), dim=1)
+        T_all = media_locations.shape[1]
+        if T_all < T_txt:
+            raise ValueError(f"{T_txt} tokens, but media_locations for {T_all}")
+        return media_locations
+
+    def keys_values(self, media):
+        """(B, T_img, n, d_img) latents to k and v, (B, h, T_img * n, d_head) each."""
+        latents = rearrange(media, "B T_img n d -> B (T_img n) d")
+        k, v = self.to_kv(latents).chunk(2, dim=-1)  # (B, T_img * n, h * d_head) each
+        return self._split_heads(k), self._split_heads(v)
 
     def forward(
         self,

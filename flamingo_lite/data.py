@@ -357,19 +357,19 @@ def make_scenes(rows, n_scenes, seed, pairs=0.5, held_out=False):
 
 
 def whole_text(text, where=None):
-    """A text as one string; `text` may be a pair of strings, (given, asked)."""
+    """A text as one string; `text` may be a pair of strings, (given, answer)."""
     if not isinstance(text, tuple):
         return text
     if len(text) != 2 or not all(isinstance(part, str) for part in text):
         place = f"{where}: " if where else ""
-        raise ValueError(f"{place}want a text or (given, asked), got {text!r}")
+        raise ValueError(f"{place}want a text or (given, answer), got {text!r}")
     return " ".join(part for part in text if part)
 
 
 def interleave(texts):
     """Chunks of one picture and its text: "<image>a lemon<|endofchunk|><image>…".
 
-    A text may be a pair, (given, asked): see `collate`.
+    A text may be a pair, (given, answer): see `collate`.
     """
     if isinstance(texts, str):  # else each letter would get a picture
         raise ValueError(f"want a list of texts, got the text {texts!r}")
@@ -534,7 +534,7 @@ def _first_words(text):
 def _given(texts):
     """Where in `interleave(texts)` the given parts stand: (start, end), in characters.
 
-    The blank after a given part belongs to what is asked.
+    The blank after a given part belongs to the answer.
     """
     place = 0
     for text in texts:
@@ -581,7 +581,7 @@ def collate(examples, tokenizer):
     Args:
         examples: list of (features, texts), (T_img, F, v, d_img) and T_img texts; or
             pixels, (T_img, F, 3, H, W), in place of all features. A text is a string or
-            a pair of strings, (given, asked): `given` has no label.
+            a pair of strings, (given, answer): `given` has no label.
         tokenizer: with `<image>` and `<|endofchunk|>` among its tokens.
 
     Returns:
@@ -609,9 +609,10 @@ def collate(examples, tokenizer):
         raise ValueError(
             f"row {row}: {T_txt} tokens, but the model reads {most}: {words}"
         )
-    media, eoc = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
-    _check_counts((batch.input_ids == media).sum(dim=1).tolist(), examples)
-    labels = make_labels(batch.input_ids, media, eoc, batch.attention_mask)
+    media_and_end = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    media_locations = batch.input_ids == media_and_end[0]  # (B, T_txt)
+    _check_counts(media_locations.sum(dim=1).tolist(), examples)
+    labels = make_labels(batch.input_ids, *media_and_end, batch.attention_mask)
     for row, (_, texts) in enumerate(examples):
         for start, end in _given(texts):
             told = (starts[row] < end) & (ends[row] > start)  # (T_txt,)
@@ -651,7 +652,7 @@ def check_texts(texts, tokenizer, sequences=False):
 
     Args:
         texts: list of texts, one for each picture. A text is a string, a pair of
-            strings, (given, asked), or a list of such texts, of which one is drawn.
+            strings, (given, answer), or a list of such texts, of which one is drawn.
         tokenizer: with `<image>` and `<|endofchunk|>` among its tokens.
         sequences: True, each item is a list of texts, one for each of its pictures.
 

@@ -230,6 +230,10 @@ class _PictureMemory(_ThreeParts):
             if kept is not None:
                 layer.keys_values = [t.repeat_interleave(copies, dim=0) for t in kept]
 
+
+class _PicturesThatStay(_PictureMemory):
+    """Pictures that are kept for calls to come, until they are told to go."""
+
     @in_turn
     def cache_media(
         self, input_ids, vision_x, vision_features=None, spare_pictures=False
@@ -281,7 +285,25 @@ def check_options(lang_encoder, options):
         raise ValueError('cache_implementation="paged" does not go with pictures')
 
 
-class Flamingo(_PictureMemory):
+def with_defaults(model, options):
+    """Options of `generate`, with ours for those that nobody has said.
+
+    Ours stop at `<|endofchunk|>` and bar `<image>`.
+    """
+    lm, config = model.lang_encoder, options.get("generation_config")
+    ours = {
+        "suppress_tokens": [model.media_token_id],
+        "eos_token_id": model.eoc_token_id,
+        "pad_token_id": lm.config.pad_token_id,
+    }
+    for name in ours:  # what a given configuration says, comes before ours
+        said = getattr(config, name, None)
+        if said not in (None, getattr(lm.generation_config, name, None)):
+            ours[name] = said
+    return {**ours, **options}
+
+
+class Flamingo(_PicturesThatStay):
     """A language model that reads text with pictures in it (Flamingo, section 2)."""
 
     @in_turn
@@ -368,13 +390,7 @@ class Flamingo(_PictureMemory):
         check_options(lm, kwargs)
         how_many = ("num_beams", "num_return_sequences")
         copies = max(asked_for(lm, kwargs, name) or 1 for name in how_many)
-        ours = {"suppress_tokens": [self.media_token_id]}
-        ours |= {"eos_token_id": self.eoc_token_id}
-        ours |= {"pad_token_id": lm.config.pad_token_id}
-        for name, value in ours.items():  # what a given configuration says, comes first
-            said = getattr(kwargs.get("generation_config"), name, None)
-            is_own = said in (None, getattr(lm.generation_config, name, None))
-            kwargs.setdefault(name, value if is_own else said)
+        kwargs = with_defaults(self, kwargs)
         writes_image = self.media_token_id not in (kwargs["suppress_tokens"] or ())
         if kwargs.get("past_key_values") is not None:  # the caller's: it would grow
             kwargs["past_key_values"] = copy.deepcopy(kwargs["past_key_values"])

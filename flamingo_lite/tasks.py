@@ -2,8 +2,8 @@
 # Edit the notebook, not this file.
 """Tasks beyond captions: questions about a picture, and stories of several pictures.
 
-A task is a dict with "picture", "given" (the question), "asked" (its answer), "task"
-and "things"; its text for `collate` is the pair (given, asked). A story is a dict with
+A task is a dict with "picture", "given" (the question), "answer", "task" and "things";
+its text for `collate` is the pair (given, answer). A story is a dict with
 "pictures" and "texts", as many of them.
 """
 
@@ -174,7 +174,7 @@ def make_tasks(rows, n_tasks, seed, task, held_out=False):
         held_out: True, only pairs kept for testing; False, only the others.
 
     Returns:
-        list of {"picture", "given", "asked", "task", "things", "scene"}.
+        list of {"picture", "given", "answer", "task", "things", "scene"}.
 
     Raises:
         ValueError: an unknown task, or there is no pair to draw.
@@ -192,7 +192,7 @@ def make_tasks(rows, n_tasks, seed, task, held_out=False):
         given = f"question: {question} answer:"
         about = {"task": task, "things": shown, "scene": scene}
         about["picture"] = scene["picture"]
-        tasks.append({"given": given, "asked": answer, **about})
+        tasks.append({"given": given, "answer": answer, **about})
     return tasks
 
 
@@ -202,7 +202,7 @@ def make_stories(rows, n_stories, seed, held_out=False):
     Args: as `make_tasks`.
 
     Returns:
-        list of {"pictures", "texts", "scenes"}: each text is a pair, (given, asked).
+        list of {"pictures", "texts", "scenes"}: each text is a pair, (given, answer).
     """
     rng = np.random.default_rng((seed, 2))
     lengths = rng.integers(2, 5, n_stories).tolist()

@@ -356,7 +356,7 @@ BAD_TEXTS = {
     "special": ("a <image>", r"texts\[136\] \('a <image>'\): take <image> out"),
     "the end": ("a </s> b", r"texts\[136\] \('a </s> b'\): take </s> out"),
     "a pair": (("a?", "</s>"), r"texts\[136\] \(\('a\?', '</s>'\)\): take </s>"),
-    "no pair": (("a?", None), r"texts\[136\] .*: want a text or \(given, asked\)"),
+    "no pair": (("a?", None), r"texts\[136\] .*: want a text or \(given, answer\)"),
     "a long pair": (("a?", LONG), r"texts\[136\] \('a\? a very .*: \d+ tokens"),
     "an empty pair": (("", ""), r"texts\[136\] .*: the caption is empty"),
     "no text": ([], r"texts\[136\]: there is no text in the list"),

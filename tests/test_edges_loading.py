@@ -43,6 +43,7 @@ from flamingo_lite import (
     build_flamingo,
     create_model_and_transforms,
     extend_instance,
+    foreign,
     load_flamingo,
     load_language_model,
     loading,
@@ -530,10 +531,10 @@ def test_advice_for_an_older_transformers(monkeypatch):
         def from_pretrained(*args, **kwargs):
             raise ValueError("Tokenizer class TokenizersBackend does not exist")
 
-    has = loading.version
+    has = foreign.version
     monkeypatch.setattr(loading, "AutoTokenizer", Old)
     monkeypatch.setattr(
-        loading, "version", lambda n: "4.57.1" if n == "transformers" else has(n)
+        foreign, "version", lambda n: "4.57.1" if n == "transformers" else has(n)
     )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     need = next(n for n in project["dependencies"] if n.startswith("transformers"))
@@ -547,9 +548,9 @@ def test_advice_for_an_older_transformers(monkeypatch):
     [("5.6.1", True), ("5.6.2", False), ("5.10.0.dev0", False), ("4.57", True)],
 )
 def test_versions_are_compared_as_numbers(monkeypatch, has, old):
-    monkeypatch.setattr(loading, "version", lambda name: has)
+    monkeypatch.setattr(foreign, "version", lambda name: has)
     monkeypatch.setattr(flamingo_lite, "_NEEDS", ["transformers>=5.6.2", "numpy"])
-    assert loading._too_old() == (["transformers>=5.6.2"] if old else [])
+    assert foreign._too_old() == (["transformers>=5.6.2"] if old else [])
 
 
 def test_no_advice_that_was_just_tried(tmp_path, monkeypatch):

@@ -43,9 +43,9 @@ from flamingo_lite import (
     collate,
     create_model_and_transforms,
     extend_instance,
+    foreign,
     load_flamingo,
     load_vision_encoder,
-    loading,
     save_flamingo,
     smollm2_folder,
 )
@@ -232,7 +232,7 @@ def test_smol_without_its_packages_says_what_to_install(cache, monkeypatch, miss
     for found in (False, True):
         spec = ModuleSpec("there", None) if found else None
         monkeypatch.setattr(
-            loading, "find_spec", lambda name, s=spec: None if name == missing else s
+            foreign, "find_spec", lambda name, s=spec: None if name == missing else s
         )
         for try_it in (smollm2_folder, lambda: build_flamingo("smol")):
             with pytest.raises(OSError, match="requirements-smol.txt") as caught:
@@ -253,7 +253,7 @@ def test_the_packages_that_smol_names_are_in_its_requirements():
 
 def test_a_converted_folder_is_used_as_it_is(converted, monkeypatch):
     """The packages are not even looked for, and no file is touched."""
-    monkeypatch.setattr(loading, "find_spec", no_package)
+    monkeypatch.setattr(foreign, "find_spec", no_package)
     before = {path.name: path.read_bytes() for path in converted.iterdir()}
     assert smollm2_folder() == str(converted)
     model, image_processor, tokenizer = build_flamingo("smol")
@@ -272,7 +272,7 @@ def test_a_converted_folder_is_used_as_it_is(converted, monkeypatch):
 
 def test_smol_saved_and_loaded_is_the_same(converted, tmp_path, monkeypatch):
     """Every logit; and the size by its name in the environment is the same size."""
-    monkeypatch.setattr(loading, "find_spec", no_package)
+    monkeypatch.setattr(foreign, "find_spec", no_package)
     monkeypatch.setenv("FLAMINGO_LITE_SIZE", "smol")
     torch.manual_seed(0)
     model, _, tokenizer = build_flamingo()
@@ -331,9 +331,9 @@ def package(tmp_path, monkeypatch):
             tokenizer.add_special_tokens({"unk_token": "<|endoftext|>"})
             return tokenizer
 
-    monkeypatch.setattr(loading, "find_spec", lambda name: spec)
-    monkeypatch.setattr(loading, "AutoModelForCausalLM", Models)
-    monkeypatch.setattr(loading, "AutoTokenizer", Tokenizers)
+    monkeypatch.setattr(foreign, "find_spec", lambda name: spec)
+    monkeypatch.setattr(foreign, "AutoModelForCausalLM", Models)
+    monkeypatch.setattr(foreign, "AutoTokenizer", Tokenizers)
     return folder / "some.gguf", seen
 
 
@@ -379,7 +379,7 @@ def test_the_converted_tokenizer_starts_every_text(where, package):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
     start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     file, _ = package
-    plain = loading.AutoTokenizer.from_pretrained(file.parent, file.name)
+    plain = foreign.AutoTokenizer.from_pretrained(file.parent, file.name)
     for text in ("", "a lemon", "a lemon\n\na fox"):
         alone = plain(text).input_ids
         assert start not in alone and tokenizer(text).input_ids == [start, *alone]
@@ -409,9 +409,9 @@ def test_an_interrupted_conversion_leaves_no_half_folder(
         if moment == "weights":
             patch.setattr(LlamaForCausalLM, "save_pretrained", save_half)
         elif moment == "tokenizer":
-            patch.setattr(loading.AutoTokenizer, "from_pretrained", stop)
+            patch.setattr(foreign.AutoTokenizer, "from_pretrained", stop)
         else:
-            patch.setattr(loading.os, "replace", stop)
+            patch.setattr(foreign.os, "replace", stop)
         with pytest.raises((KeyboardInterrupt, OSError)):
             smollm2_folder()
     assert list(where.parent.iterdir()) == []
@@ -421,7 +421,7 @@ def test_an_interrupted_conversion_leaves_no_half_folder(
 
 def test_two_conversions_at_once(where, package, monkeypatch):
     """The slower one takes the folder of the faster one, and leaves nothing behind."""
-    tokenizers = loading.AutoTokenizer
+    tokenizers = foreign.AutoTokenizer
 
     class Slow:
         @staticmethod
@@ -429,7 +429,7 @@ def test_two_conversions_at_once(where, package, monkeypatch):
             save_language_model(where, LLAMA)  # the other process ends here
             return tokenizers.from_pretrained(*args, **kwargs)
 
-    monkeypatch.setattr(loading, "AutoTokenizer", Slow)
+    monkeypatch.setattr(foreign, "AutoTokenizer", Slow)
     assert smollm2_folder() == str(where)
     assert list(where.parent.iterdir()) == [where]
     assert AutoModelForCausalLM.from_pretrained(where).config.num_hidden_layers == 5
@@ -466,7 +466,7 @@ def test_what_is_named_goes_over_what_smol_says(converted, tmp_path, named):
 def test_smol_with_another_language_model_needs_no_package(
     cache, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loading, "find_spec", no_package)
+    monkeypatch.setattr(foreign, "find_spec", no_package)
     mine = save_language_model(tmp_path / "mine", LLAMA)
     build_flamingo("smol", lang_encoder_path=mine, tokenizer_path=mine)
     assert list(cache.iterdir()) == []

@@ -80,6 +80,63 @@ def test_notebook(path):
     assert complaints(notebook) == []
 
 
+# Chapters whose exercises have one form, the one that `good_exercise` below shows.
+IN_ONE_FORM = "01 02 03 04 05 05b 06 07 07b E".split()
+QUESTION = re.compile(
+    r"> \*\*Exercise (\w+\.\d+)\*\* [●○]{3} · "
+    r"(predict|build|break\s(?:> )?and\smend|explore)\s(?:> )?·\s(?:> )?\d+"
+)
+PROOF = re.compile(r"^ *(assert |check_\w+\(|torch\.testing\.assert_close)", re.M)
+HOLE = re.compile(r"^( *return None|\w+ = None)  # your (code|guess)", re.M)
+
+
+def complaints_about_exercises(notebook):
+    """What is wrong with the form of a notebook's exercises, as a list of sentences."""
+    found, cells = [], notebook.cells
+    for place, cell in enumerate(cells):
+        if cell.cell_type != "markdown" or "> **Exercise" not in cell.source:
+            continue
+        if not (question := QUESTION.search(cell.source)):
+            found.append(f"question: no kind or no minutes: {cell.source[:80]}")
+            continue
+        number, below = question[1], []
+        if "<details><summary>Hint</summary>" not in cell.source:
+            found.append(f"hint: none at {number}")
+        for one in cells[place + 1 :]:
+            if one.cell_type == "markdown":
+                break
+            below.append(one)
+        *_, stub, solution = [None, None, *below]
+        if solution is None or not solution.source.startswith(
+            f"#@title Solution {number}\n#"
+        ):
+            found.append(f"solution: none at {number}, or it is not explained")
+            continue
+        if (
+            "hide-cell" not in tags(solution)
+            or solution.metadata.get("cellView") is None
+        ):
+            found.append(f"folded: the solution of {number} is not")
+        if not PROOF.search(solution.source):
+            found.append(f"proof: the solution of {number} asserts nothing")
+        hole = HOLE.search(stub.source) if stub is not None else None
+        check = stub.source[hole.end() :] if hole else ""
+        checked = check.partition(" is not None:\n")[2]
+        if not PROOF.search(checked):
+            found.append(f"stub: {number} wants a hole, and an assert behind `if`")
+    return found
+
+
+@pytest.mark.parametrize("name", IN_ONE_FORM)
+def test_exercises_have_one_form(name):
+    (path,) = (path for path in NOTEBOOKS if path.stem.split("_")[0] == name)
+    notebook = nbformat.read(path, as_version=4)
+    assert complaints_about_exercises(notebook) == []
+    text = "\n".join(cell.source for cell in notebook.cells)
+    kinds = [kind for _, kind in QUESTION.findall(text)]
+    assert len(kinds) >= 2 and set(kinds) != {"predict"}
+
+
 def test_modules_and_setup_cells_are_in_step():
     done = subprocess.run(
         [sys.executable, "tools/sync.py", "--check"],
@@ -163,3 +220,51 @@ def test_a_planted_fault_is_found(fault):
     notebook = good_notebook()
     FAULTS[fault](notebook)
     assert any(complaint.startswith(fault) for complaint in complaints(notebook))
+
+
+def good_exercise():
+    """An exercise as all are: question and hint, stub, folded solution."""
+    question = "> **Exercise 1.1** ●○○ · build · 5 min. Write `two`.\n\n"
+    question += "<details><summary>Hint</summary>\n\nOne and one.\n\n</details>"
+    stub = "def two():\n    return None  # your code\n\n\n"
+    stub += "if two() is not None:\n    assert two() == 2\n    print(3)"
+    solution = "#@title Solution 1.1\n# One and one.\ndef two():\n    return 2\n\n\n"
+    folded = {"tags": ["hide-cell"], "cellView": "form"}
+    return new_notebook(
+        cells=[
+            new_markdown_cell(question),
+            new_code_cell(stub),
+            new_code_cell(solution + "assert two() == 2", metadata=folded),
+        ]
+    )
+
+
+def change(number, old, new):
+    """A fault: other words in a cell."""
+    return lambda nb: nb.cells[number].update(
+        source=nb.cells[number].source.replace(old, new)
+    )
+
+
+FORM_FAULTS = {
+    "question": change(0, "build · ", ""),
+    "hint": change(0, "<details>", ""),
+    "stub": change(1, "None  # your code", "2"),
+    "stub: 1.1": change(1, "    assert", "    # assert"),
+    "solution": change(2, "# One and one.\n", ""),
+    "solution: none": lambda nb: nb.cells.pop(2),
+    "folded": put(2, "metadata", {}),
+    "proof": change(2, "assert ", "print("),
+}
+
+
+def test_a_good_exercise_has_no_complaints():
+    assert complaints_about_exercises(good_exercise()) == []
+
+
+@pytest.mark.parametrize("fault", FORM_FAULTS)
+def test_a_planted_fault_of_form_is_found(fault):
+    notebook = good_exercise()
+    FORM_FAULTS[fault](notebook)
+    found = complaints_about_exercises(notebook)
+    assert any(complaint.startswith(fault) for complaint in found)

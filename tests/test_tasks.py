@@ -278,17 +278,17 @@ def read_answer(task, question, picture):
 def test_answers_are_what_the_picture_shows(rows, task):
     for one in make_tasks(rows, 100, 0, task):
         question = re.fullmatch("question: (.+) answer:", one["given"])[1]
-        assert one["asked"] == read_answer(task, question, one["picture"])
+        assert one["answer"] == read_answer(task, question, one["picture"])
         assert set(one["things"]) == set(see(one["picture"])) and one["task"] == task
-        assert interleave([(one["given"], one["asked"])]) == (
-            f"<image>question: {question} answer: {one['asked']}<|endofchunk|>"
+        assert interleave([(one["given"], one["answer"])]) == (
+            f"<image>question: {question} answer: {one['answer']}<|endofchunk|>"
         )
 
 
 def test_every_answer_takes_its_turn(rows):
     """Yes and no, each number, each relation: none is said more often than another."""
     asked = {task: make_tasks(rows, 400, 5, task) for task in TASKS}
-    yes = [one["asked"] == "yes" for one in asked["is there"]]
+    yes = [one["answer"] == "yes" for one in asked["is there"]]
     assert 170 <= sum(yes) <= 230  # 200 +- 3 deviations
     for n_things in (1, 2):
         some = [
@@ -297,26 +297,26 @@ def test_every_answer_takes_its_turn(rows):
             if len(one["things"]) == n_things
         ]
         assert 130 < len(some) < 270 and 0.37 < np.mean(some) < 0.63
-    numbers = Counter(one["asked"] for one in asked["how many"])
+    numbers = Counter(one["answer"] for one in asked["how many"])
     assert all(70 <= numbers[number] <= 130 for number in NUMBERS)
     pattern = "to the left of|to the right of|above|below"
     relations = Counter(re.search(pattern, one["given"])[0] for one in asked["where"])
     assert len(relations) == 4 and all(70 <= n <= 130 for n in relations.values())
-    names = Counter(one["asked"] for one in asked["what is this"])
+    names = Counter(one["answer"] for one in asked["what is this"])
     assert set(names) == {name for _, name, *_ in THINGS.values()}
     assert min(names.values()) >= 15  # 33 - 3 deviations
-    kinds = {one["asked"] for one in asked["what kind"]}
+    kinds = {one["answer"] for one in asked["what kind"]}
     assert kinds == {kind for *_, kind in THINGS.values()}
 
 
 def test_absent_things_are_all_asked_for(rows):
     """And about those that are there, both of a pair."""
     asked = make_tasks(rows, 600, 6, "is there")
-    things = Counter((one["given"].split("? ")[0], one["asked"]) for one in asked)
+    things = Counter((one["given"].split("? ")[0], one["answer"]) for one in asked)
     for _, text, *_ in THINGS.values():
         for answer in ("yes", "no"):
             assert things[f"question: is there {text}", answer] >= 8
-    pairs = [one for one in asked if len(one["things"]) == 2 and one["asked"] == "yes"]
+    pairs = [one for one in asked if len(one["things"]) == 2 and one["answer"] == "yes"]
     first = [with_article(one["things"][0]) in one["given"] for one in pairs]
     assert 0.35 < np.mean(first) < 0.65
 

@@ -151,7 +151,7 @@ class Lessons:
     def questions(self, rows, task, n, seed):
         tasks = make_tasks(rows, n, seed, task)
         first = self.show([t["scene"] for t in tasks])
-        texts = [[(t["given"], t["asked"])] for t in tasks]
+        texts = [[(t["given"], t["answer"])] for t in tasks]
         self.add([[first + i] for i in range(n)], texts)
 
     def stories(self, rows, n, seed):

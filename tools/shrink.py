@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from flamingo_lite.loading import _in_bytes  # noqa: E402
+from flamingo_lite.foreign import in_bytes  # noqa: E402
 
 
 def shrink(folder):
@@ -26,7 +26,7 @@ def shrink(folder):
     before, tensors = path.stat().st_size, load_file(path)
     if any(name.endswith(".scale") for name in tensors):
         sys.exit(f"{path} is in eight bits already")
-    save_file(_in_bytes(tensors), path.with_suffix(".tmp"))
+    save_file(in_bytes(tensors), path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
     return before, path.stat().st_size
 
