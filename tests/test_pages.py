@@ -15,9 +15,13 @@ import nbformat
 import pytest
 import yaml
 from conftest import ROOT
+from docutils import nodes
+from docutils.utils import new_document
 from test_play import CHROMIUM, sync_playwright, watched
 
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "book"), str(ROOT / "book" / "_ext")]
+import figures
+import flamingo_book
 import pages
 import sync
 
@@ -250,6 +254,70 @@ def test_the_workflows_are_right():
     except FileNotFoundError:
         pytest.skip("no actionlint: the workflows are read, not checked")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------- the book's own tools
+
+
+def test_rows_become_a_table():
+    rows = [("lemon <b>", 12, "0.21"), ("cow", "7", "–")]
+    shown = figures.table(rows, ("thing", "right", "loss"))
+    lines = repr(shown).splitlines()
+    assert (
+        lines[0] == "thing      right  loss" and lines[-1] == "cow            7     –"
+    )
+    page = shown._repr_html_()
+    assert "<th>thing</th>" in page and "lemon &lt;b&gt;" in page
+    assert page.count("<tr>") == 3 and page.count("text-align: right") == 6
+    assert repr(figures.table([], ("a", "b"))) == "a  b\n-  -"
+    with pytest.raises(ValueError, match="row 1 has 2 cells, the header 3"):
+        figures.table([rows[0], ("cow", 7)], ("thing", "right", "loss"))
+
+
+def cell_of(code, output="something"):
+    """A code cell as the book's extension meets it."""
+    source = nodes.literal_block(code, code)
+    cell = nodes.container(nb_element="cell_code", cell_metadata={}, classes=["cell"])
+    cell += nodes.container("", source, nb_element="cell_code_source")
+    if output:
+        output = nodes.container("", nodes.paragraph(text=output))
+        cell += output
+        output["nb_element"] = "cell_code_output"
+    return cell
+
+
+def chapter_of(*parts, title="3. Masked cross-attention"):
+    """A document of one section with these parts."""
+    document = new_document("test")
+    document += nodes.section("", nodes.title(text=title), *parts)
+    return document
+
+
+def figure_line(text):
+    return nodes.paragraph(
+        "", "", nodes.emphasis(text="Figure:"), nodes.Text(f" {text}")
+    )
+
+
+def test_captions_are_numbered_and_move_to_their_plot():
+    plot, drawing = (
+        cell_of("plt.show()"),
+        nodes.paragraph("", "", nodes.image(uri="a.png")),
+    )
+    said = [figure_line("A curve."), figure_line("A drawing.")]
+    document = chapter_of(
+        plot, said[0], nodes.paragraph(text="Text."), drawing, said[1]
+    )
+    flamingo_book.captions(None, document)
+    assert [p.astext() for p in said] == [
+        "Figure 3.1. A curve.",
+        "Figure 3.2. A drawing.",
+    ]
+    assert plot[-1][-1] is said[0] and said[1].parent is document[0]
+    assert said[1]["ids"] == ["figure-3-2"]
+    page = chapter_of(figure_line("One."), title="Play with it")
+    flamingo_book.captions(None, page)
+    assert page.astext().endswith("Figure 1. One.")
 
 
 # ---------------------------------------------------------------------- rendered

@@ -24,6 +24,7 @@ from sphinxcontrib.bibtex.style.referencing.author_year import AuthorYearReferen
 
 DIRECTIVE = re.compile(r"^#\|\s*(default_exp|export)\b[ \t]*(\S*)[ \t]*\n?", re.M)
 CHAPTER = re.compile(r"book/[0-9A-Z]")
+CHAPTER_NUMBER = re.compile(r"([0-9A-Z]\w*)\. ")
 NOT_LINKED = (nodes.reference, nodes.literal, nodes.title, nodes.raw, nodes.strong)
 BOOK = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BOOK.parent))  # autodoc imports flamingo_lite from here
@@ -53,6 +54,36 @@ def badges(app, doctree):
             nodes.literal("", f"flamingo_lite/{module}.py"),
         ]
         cell.insert(0, badge)
+
+
+def is_cell(node):
+    """True if this is a code cell with what it printed."""
+    return isinstance(node, nodes.container) and node.get("nb_element") == "cell_code"
+
+
+def captions(app, doctree):
+    """A paragraph `*Figure:* …` is the numbered caption of what stands above it.
+
+    "Figure 3.2" is the second in chapter 3. Below a cell that drew something the
+    caption moves into the cell's output, so that the two are folded and printed as one.
+    """
+    title = next(doctree.findall(nodes.title), None)
+    chapter = CHAPTER_NUMBER.match(title.astext()) if title else None
+    number = 0
+    for paragraph in list(doctree.findall(nodes.paragraph)):
+        first = paragraph[0] if len(paragraph) else None
+        if not isinstance(first, nodes.emphasis) or first.astext() != "Figure:":
+            continue
+        number += 1
+        which = f"{chapter[1]}.{number}" if chapter else f"{number}"
+        first.replace_self(nodes.strong("", f"Figure {which}."))
+        paragraph["classes"].append("figure-caption")
+        paragraph["ids"].append(f"figure-{which}".lower().replace(".", "-"))
+        place = paragraph.parent.index(paragraph)
+        above = paragraph.parent[place - 1] if place else None
+        if is_cell(above) and above[-1].get("nb_element") == "cell_code_output":
+            paragraph.parent.remove(paragraph)
+            above[-1] += paragraph
 
 
 def one_thebe(app, pagename, templatename, context, doctree):
@@ -300,6 +331,7 @@ def setup(app):
     app.add_config_value("book_description", "", "html")
     app.connect("config-inited", without_address)
     app.connect("config-inited", no_strangers)
+    app.connect("doctree-read", captions)
     app.connect("doctree-read", badges)
     app.connect("doctree-read", no_dead_links)
     app.connect("doctree-resolved", inline_map)
