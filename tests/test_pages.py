@@ -320,6 +320,64 @@ def test_captions_are_numbered_and_move_to_their_plot():
     assert page.astext().endswith("Figure 1. One.")
 
 
+IMPORTS = "import ast\nimport re\n\nfrom a import (\n    b,\n)\n\nx = b(1)"
+PLOT = """fig, (left, right) = plt.subplots(1, 2)
+for ax in (left, right):
+    ax.plot(losses)
+steps = range(len(losses))
+right.set_title("loss")
+fig.tight_layout()"""
+
+
+def folded_of(document):
+    """The words above each folded part, in order."""
+    found = document.findall(flamingo_book.HideCodeCellNode)
+    return [node["prompt_show"] for node in found]
+
+
+def test_setup_imports_and_plots_are_folded():
+    setup = cell_of("import os", output=None)
+    setup["classes"].append("tag_setup")
+    cells = [setup, cell_of(IMPORTS), cell_of(PLOT), cell_of("#| export\n" + IMPORTS)]
+    document = chapter_of(*cells)
+    flamingo_book.folds(None, document)
+    wanted = ["Show the setup", "Show the imports", "Show the plotting code"]
+    assert folded_of(document) == wanted
+    assert cells[1][1]["nb_element"] == "cell_code_output"  # what it printed stays
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        PLOT + "\nassert losses[0] > losses[-1]",  # a proof
+        "fig, ax = plt.subplots()\nax.plot(losses)",  # short
+        PLOT
+        + "\nfor step in steps:\n    a = 1\n    b = 2\n    c = 3\n    d = 4\n    e = 5",
+        "!pip list\n" * 6,
+        "figure = 1\n" * 6,
+    ],
+)
+def test_other_code_is_not_folded(code):
+    document = chapter_of(cell_of(code))
+    flamingo_book.folds(None, document)
+    assert folded_of(document) == []
+
+
+def test_an_answer_is_folded_until_it_is_guessed():
+    bold = nodes.strong("", "Before you run it:")
+    question = nodes.paragraph("", "", bold, nodes.Text(" what comes out?"))
+    silent, first, second = (cell_of("x", out) for out in (None, "42", "43"))
+    document = chapter_of(question, silent, first, second)
+    flamingo_book.folds(None, document)
+    (folded,) = document.findall(flamingo_book.HideCodeCellNode)
+    assert folded["prompt_show"] == "Show what happened"
+    assert folded.astext() == "42" and folded.parent is first
+    section = nodes.section("", nodes.title(text="On"), cell_of("x", "later"))
+    document = chapter_of(question.deepcopy(), section)
+    flamingo_book.folds(None, document)
+    assert folded_of(document) == []
+
+
 # ---------------------------------------------------------------------- rendered
 
 
