@@ -10,6 +10,8 @@ from IPython.display import HTML, display
 from matplotlib.patches import FancyBboxPatch
 
 PINK, PALE, GREY, INK = "#d6336c", "#fbe3ec", "#e9ecef", "#343a40"
+# Right and wrong, on every page, with a mark beside: no other meaning has these two.
+RIGHT, WRONG = "#087f5b", "#c2410c"
 
 # name -> (left, bottom, width, height, label, shape that comes out)
 BLOCKS = {
@@ -102,7 +104,20 @@ def flamingo_map(lit):
     plt.show()
 
 
-def show_pictures(pictures, titles=None, columns=6, colours=None, size=1.5):
+def verdict(said, wanted):
+    """What was said with ✓ or ✗ before it, and the truth under it if it is wrong.
+
+    Returns:
+        (title, colour), the colour RIGHT or WRONG.
+    """
+    if said == wanted:
+        return f"✓ {said}", RIGHT
+    return f"✗ {said}\n({wanted})", WRONG
+
+
+def show_pictures(
+    pictures, titles=None, columns=6, colours=None, size=1.5, wanted=None
+):
     """Show pictures in rows, each with a title under which a reader can check it.
 
     Args:
@@ -111,7 +126,11 @@ def show_pictures(pictures, titles=None, columns=6, colours=None, size=1.5):
         columns: pictures in a row.
         colours: of the titles, a name for each.
         size: inches for a picture's side.
+        wanted: what each title should be; each is then marked as right or wrong.
     """
+    if wanted is not None:
+        marked = [verdict(*both) for both in zip(titles, wanted, strict=True)]
+        titles, colours = zip(*marked, strict=True)
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0
@@ -183,12 +202,15 @@ def show_film(frames, alt, seconds=0.5):
     display(HTML(image))
 
 
+MARKS = {"✓": ' class="right"', "✗": ' class="wrong"'}
+
+
 class table:
     """Rows as a table of the page; where there is no page, as lined-up text.
 
     The last line of a cell: `table([("lemon", 12), ("cow", 7)], ("thing", "right"))`.
     A number stands at the right of its column. How many digits it has is yours to say:
-    `f"{loss:.2f}"`.
+    `f"{loss:.2f}"`. A cell that begins with ✓ or ✗ has its colour.
 
     Args:
         rows: sequences of strings or numbers, one for each row, all of one length.
@@ -225,9 +247,10 @@ class table:
     def _repr_html_(self):
         def line(cells, tag):
             style = [' style="text-align: right"' * right for right in self.is_number]
+            marks = [MARKS.get(cell[:1], "") for cell in cells]
             return "".join(
-                f"<{tag}{side}>{html.escape(cell)}</{tag}>"
-                for side, cell in zip(style, cells, strict=True)
+                f"<{tag}{mark}{side}>{html.escape(cell)}</{tag}>"
+                for mark, side, cell in zip(marks, style, cells, strict=True)
             )
 
         head = line(self.header, "th")

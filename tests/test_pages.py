@@ -5,6 +5,7 @@ with its own parser and in headless Chromium, found by CHROMIUM or on the PATH; 
 a rendered book, or a Chromium, one line says what was not looked at.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -164,6 +165,48 @@ def test_the_landing_page_has_the_losses_of_chapter_9():
     assert re.search(r"<!-- scores -->.*\d\.\d\d and \d\.\d\d.*<!--", page)
 
 
+def cover_numbers():
+    """What tools/make_cover.py counted when it drew the cover; None before that."""
+    path = BOOK / "images" / "cover.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def test_the_landing_page_has_the_numbers_of_its_picture():
+    page, numbers = (BOOK / "intro.md").read_text(), cover_numbers()
+    if numbers is None:
+        pytest.skip("no cover.json: run tools/make_cover.py and tools/sync.py")
+    assert page == pages.stamp_cover(page, numbers)
+    assert sum(test["pictures"] for test in numbers["tests"].values()) == 24
+    said = re.search(r"<!-- cover -->(.*)<!-- /cover -->", page)[1]
+    right = sum(test["right"] for test in numbers["tests"].values())
+    assert f"right are {right} of the 24" in said
+
+
+def test_the_numbers_of_the_cover_are_put_in():
+    test = {"pictures": 6, "right": 4}
+    numbers = {"tests": dict.fromkeys(pages.COVER, test)}
+    numbers["exchanged"] = {"pictures": 24, "right": 15, "as before": 2}
+    page = pages.stamp_cover("a <!-- cover -->old<!-- /cover --> b", numbers)
+    assert "right are 16 of the 24: 4 of 6 Twemoji, 4 of 6 OpenMoji" in page
+    assert "15 are right, and 2 say what they said before." in page
+    assert "old" not in page and page.startswith("a <") and page.endswith("> b")
+
+
+def test_the_cover_is_drawn_by_lot(monkeypatch):
+    import make_cover
+    from hands import CLIP_ART
+
+    chosen = make_cover.choose(make_cover.all_rows(), seed=0)
+    assert [len(scenes) for scenes in chosen.values()] == [6, 6, 6, 6]
+    assert list(chosen) == list(pages.COVER) == list(make_cover.ROWS)[:-1]
+    for name, studio in (("OpenMoji", "openmoji"), (CLIP_ART, CLIP_ART)):
+        assert {s for scene in chosen[name] for s in scene["studios"]} == {studio}
+    assert all(len(scene["things"]) == 2 for scene in chosen["held-out pairs"])
+    scenes = [{"text": "a lemon"}, {"text": "a cow"}]
+    wanted = {"pictures": 2, "right": 1}
+    assert make_cover.counts(["a lemon", "a pig"], scenes) == wanted
+
+
 def symptoms():
     """{heading: text} of What goes wrong."""
     parts = re.split(r"^### ", text_of(BOOK / "what_goes_wrong.md"), flags=re.M)[1:]
@@ -257,6 +300,29 @@ def test_the_workflows_are_right():
 
 
 # ------------------------------------------------------------- the book's own tools
+
+
+def luminance(colour):
+    """WCAG's relative luminance of "#rrggbb"."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+def test_right_and_wrong_are_one_pair_of_colours():
+    css = (BOOK / "_static" / "book.css").read_text()
+    assert f"--right: {figures.RIGHT}; --wrong: {figures.WRONG};" in css
+    for colour in (figures.RIGHT, figures.WRONG):
+        assert 1.05 / (luminance(colour) + 0.05) >= 4.5  # on white
+    assert figures.verdict("a cow", "a cow") == ("✓ a cow", figures.RIGHT)
+    assert figures.verdict("a cow", "a pig") == ("✗ a cow\n(a pig)", figures.WRONG)
+    shown = figures.table([("✓ a cow",), ("✗ a cow",)], ("said",))._repr_html_()
+    assert '<td class="right">✓' in shown and '<td class="wrong">✗' in shown
+    others = [*PAGES, *BOOK.glob("*.ipynb"), *BOOK.glob("_static/*.*s")]
+    for path in others:  # they are named, never written again by hand
+        if path.name != "book.css":
+            text = path.read_text()
+            assert figures.RIGHT not in text and figures.WRONG not in text, path.name
 
 
 def test_rows_become_a_table():

@@ -9,6 +9,12 @@ EXERCISE = re.compile(
     r"> \*\*Exercise (?P<number>\w+\.\d+)\*\* (?P<dots>[●○]{3}) · "
     r"(?:(?P<kind>[^·\n]+?) · )?(?P<minutes>\d+) min\. (?P<text>.*(?:\n>.*)*)"
 )
+COVER = {
+    "Twemoji": "Twemoji",
+    "OpenMoji": "OpenMoji",
+    "unseen clip art": "clip art",
+    "held-out pairs": "pairs",
+}
 SCORES = re.compile(
     r"^(trained studios|Twemoji|OpenMoji|held-out pairs) +"
     r"true ([\d.]+) +shuffled ([\d.]+)",
@@ -198,5 +204,33 @@ def stamp_scores(page, notebook):
     return re.sub(
         r"<!-- scores -->.*?<!-- /scores -->",
         lambda _: f"<!-- scores -->{says}<!-- /scores -->",
+        page,
+    )
+
+
+def stamp_cover(page, numbers):
+    """Write into the landing page how many captions of its picture are right.
+
+    Args:
+        page: the text.
+        numbers: from cover.json, which tools/make_cover.py writes with the picture.
+    """
+    tests = numbers["tests"]
+    pictures = sum(test["pictures"] for test in tests.values())
+    right = sum(test["right"] for test in tests.values())
+    each = ", ".join(
+        f"{tests[name]['right']} of {tests[name]['pictures']} {says}"
+        for name, says in COVER.items()
+    )
+    other = numbers["exchanged"]
+    says = (
+        f"Word for word right are {right} of the {pictures}: {each}. "
+        f"With one thing exchanged in each of the {other['pictures']}, "
+        f"{other['right']} are right, "
+        f"and {other['as before']} say what they said before."
+    )
+    return re.sub(
+        r"<!-- cover -->.*?<!-- /cover -->",
+        lambda _: f"<!-- cover -->{says}<!-- /cover -->",
         page,
     )

@@ -15,6 +15,7 @@ pyproject.toml.
 
 import argparse
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -24,7 +25,14 @@ import nbformat
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pages import api_page, exercises_page, stamp_scores, stamp_times, title_of
+from pages import (
+    api_page,
+    exercises_page,
+    stamp_cover,
+    stamp_scores,
+    stamp_times,
+    title_of,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTIVE = re.compile(r"^#\|\s*(default_exp|export)\b[ \t]*(\S*)[ \t]*\n?", re.M)
@@ -195,6 +203,8 @@ def main():
     landing = stamp_times(landing, notebooks)
     if "09_training.ipynb" in notebooks:
         landing = stamp_scores(landing, notebooks["09_training.ipynb"])
+    if (cover := book / "images" / "cover.json").exists():
+        landing = stamp_cover(landing, json.loads(cover.read_text()))
     wanted[book / "intro.md"] = landing
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     for path in sorted((ROOT / "flamingo_lite").glob("*.py")):
