@@ -432,12 +432,14 @@ def test_other_code_is_not_folded(code):
 def test_an_answer_is_folded_until_it_is_guessed():
     bold = nodes.strong("", "Before you run it:")
     question = nodes.paragraph("", "", bold, nodes.Text(" what comes out?"))
-    silent, first, second = (cell_of("x", out) for out in (None, "42", "43"))
-    document = chapter_of(question, silent, first, second)
+    cells = [cell_of("x", output) for output in (None, "42", "43", "later")]
+    text = nodes.paragraph(text="It was 42.")
+    document = chapter_of(question, *cells[:3], text, cells[3])
     flamingo_book.folds(None, document)
-    (folded,) = document.findall(flamingo_book.HideCodeCellNode)
-    assert folded["prompt_show"] == "Show what happened"
-    assert folded.astext() == "42" and folded.parent is first
+    folded = list(document.findall(flamingo_book.HideCodeCellNode))
+    assert [node.astext() for node in folded] == ["42", "43"]
+    assert folded[0]["prompt_show"] == "Show what happened"
+    assert folded[0].parent is cells[1]
     section = nodes.section("", nodes.title(text="On"), cell_of("x", "later"))
     document = chapter_of(question.deepcopy(), section)
     flamingo_book.folds(None, document)

@@ -137,15 +137,17 @@ def folds(app, doctree):
     """Fold what a first reading can do without, and answers until they are guessed.
 
     The set-up and the imports, and code whose main work is a plot; never what is
-    exported. Between a question and the next heading, the first output. Solutions are
-    folded by their tag.
+    exported. After a question, what the next cells put out, until the text goes on.
+    Solutions are folded by their tag.
     """
-    asked = False
+    asked = answered = False
     for node in list(doctree.findall()):
         if is_question(node):
-            asked = True
+            asked, answered = True, False
         elif isinstance(node, nodes.title):
             asked = False
+        elif answered and isinstance(node.parent, (nodes.section, nodes.document)):
+            asked = asked and is_cell(node)
         if not is_cell(node) or node.get("hide_mode"):
             continue
         source = part_of(node, "cell_code_source")
@@ -160,7 +162,7 @@ def folds(app, doctree):
             if source is not None and source.parent is node:
                 source["classes"].append("above-output-prompt")
             fold(output, "what happened", "below-input")
-            asked = False
+            answered = True
 
 
 def visit_fold(self, node):
