@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
@@ -25,6 +26,13 @@ import figures
 import flamingo_book
 import pages
 import sync
+
+try:
+    import axe_playwright_python
+
+    AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
+except ImportError:
+    AXE = None
 
 BOOK = ROOT / "book"
 HTML = ROOT / "_build" / "html"
@@ -618,6 +626,110 @@ def test_a_weak_contrast_and_a_wide_page_are_found(browser):
     page, _ = watched(browser, address, width=390)
     assert page.evaluate(OVER) > 0
     assert "pale" in page.evaluate(CONTRAST)[0]
+    page.close()
+
+
+# WCAG 2.0 to 2.2, A and AA. Code has the same colours on every page: it is looked at in
+# one chapter, since in all of them it would take an hour.
+AXE_RUN = """async (without) => {
+  document.querySelectorAll("article details").forEach((d) => { d.open = true; });
+  const found = await axe.run({ exclude: without }, {
+    runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"],
+    resultTypes: ["violations"], preload: false });
+  return found.violations.flatMap((v) => v.nodes.map((n) => `${v.id}: ${n.target}`));
+}"""
+WITH_CODE = "03_cross_attention"
+
+
+def findings_of_axe(page, with_code=False):
+    """What axe-core has against a page, a line for each element."""
+    page.add_script_tag(content=AXE.read_text(encoding="utf-8"))
+    without = [] if with_code else [["article div.highlight"]]
+    return page.evaluate(AXE_RUN, without)
+
+
+@pytest.mark.skipif(AXE is None, reason="no axe-playwright-python: axe is not run")
+@pytest.mark.parametrize(("mode", "width"), [("light", 1300), ("dark", 390)])
+def test_axe_finds_nothing(browser, mode, width):
+    paths = [*sorted((HTML / "book").glob("*.html")), HTML / "search.html"]
+    context = {"color_scheme": mode, "reduced_motion": "reduce"}
+    page, _ = watched(browser, paths[0].as_uri(), width, **context)
+    found = {}
+    for path in paths:
+        page.goto(path.as_uri())
+        found[path.stem] = findings_of_axe(page, path.stem == WITH_CODE)
+    page.close()
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.skipif(AXE is None, reason="no axe-playwright-python: axe is not run")
+def test_axe_finds_a_picture_without_words_and_a_pale_line(browser):
+    address = "data:text/html,<html lang=en><title>t</title><article><img src=a.png>"
+    address += "<p style='color:%23aaa;background:%23fff'>pale</p></article>"
+    page, _ = watched(browser, address)
+    found = " ".join(findings_of_axe(page))
+    assert "image-alt" in found and "color-contrast" in found
+    page.close()
+
+
+def test_folds_are_closed_and_a_key_opens_them(browser):
+    page, faults = watched(
+        browser, (HTML / "book" / "03_cross_attention.html").as_uri()
+    )
+    closed = page.locator("article details:not([open]) > summary:visible")
+    words = closed.all_inner_texts()
+    assert words[:2] == ["Show the setup", "Show the imports"]
+    assert {"Show the plotting code", "Show what happened"} < set(words)
+    solutions = [word for word in words if word == "Show the solution"]
+    assert len(solutions) == 3 and "import os" not in page.inner_text("article")
+    closed.first.focus()
+    page.keyboard.press("Enter")
+    assert "import os" in page.inner_text("article")
+    assert not faults
+    page.close()
+
+
+def test_without_scripts_a_fold_opens_too(browser):
+    address = (HTML / "book" / "03_cross_attention.html").as_uri()
+    page, _ = watched(browser, address, java_script_enabled=False)
+    fold = page.locator("details", has_text="Show what happened").first
+    assert not fold.locator(".cell_output").is_visible()
+    fold.locator("summary").click()
+    assert fold.locator(".cell_output").is_visible()
+    page.close()
+
+
+CUT = """() => [...document.querySelectorAll("article img, article table")]
+  .filter((e) => e.getClientRects().length).flatMap((e) => {
+    for (let box = e.parentElement; box; box = box.parentElement) {
+      const style = getComputedStyle(box);
+      if (!["auto", "scroll", "hidden"].includes(style.overflowX)) continue;
+      if (box.scrollWidth - box.clientWidth < 2) return [];
+      const cue = style.maskImage !== "none" && box.tabIndex === 0;
+      return cue || e.tagName === "TABLE" ? [] : [e.src.slice(0, 60)];
+    }
+    return [];
+  })"""
+
+
+def test_no_figure_is_cut_without_a_cue_on_a_phone(browser):
+    address = (HTML / "book" / "intro.html").as_uri()
+    page, _ = watched(browser, address, width=390)
+    cut, slides = {}, 0
+    for name in ["intro.ipynb", *NOTEBOOKS]:
+        page.goto(address.replace("intro", name.removesuffix(".ipynb")))
+        page.wait_for_timeout(200)
+        cut[name], n = page.evaluate(CUT), page.locator("article .slides").count()
+        slides += n
+    assert slides and {name: found for name, found in cut.items() if found} == {}
+    page.goto(address)
+    wide = page.locator("article .slides").first
+    wide.evaluate("box => { box.scrollLeft = box.scrollWidth; }")
+    page.wait_for_timeout(300)
+    assert wide.evaluate("box => getComputedStyle(box).maskImage") == "none"
+    page.add_style_tag(content=".slides { mask-image: none !important; }")
+    wide.evaluate("box => { box.scrollLeft = 0; }")
+    assert page.evaluate(CUT)  # a planted fault: no cue
     page.close()
 
 
