@@ -155,6 +155,32 @@ def test_the_landing_page_has_the_times_of_the_chapters():
     assert pages.hours(45) == "45 minutes" and pages.hours(450) == "7½ hours"
 
 
+def test_reading_times_are_counted():
+    word, line = "word " * 1000, "x = 1\n" * 100
+    cells = [
+        nbformat.v4.new_markdown_cell("# 1. One\n\nTime:  7 min, 7 of them computing"),
+        nbformat.v4.new_markdown_cell(f"{word}<details>{word}</details>"),
+        nbformat.v4.new_markdown_cell(f"> **Exercise 1.1** ●○○ · 5 min. {word}"),
+        nbformat.v4.new_code_cell(line),
+        nbformat.v4.new_code_cell(line, metadata={"tags": ["hide-cell"]}),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    assert pages.reading_minutes(notebook) == 10  # 1000 / 200 + 100 / 20
+    first = pages.stamp_reading(cells[0].source, notebook)
+    assert first.endswith("Time:  10 min, 7 of them computing")
+
+
+def test_five_and_twelve_hours_are_what_the_chapters_take():
+    page = (BOOK / "before_you_start.md").read_text()
+    five = re.search(r"\*\*Five hours\.\*\*.*", page)[0]
+    names = set(re.findall(r"\((\w+\.ipynb)\)", five))
+    assert len(names) == 7 and "**Twelve hours.** All chapters in order" in page
+    times = {name: pages.reading_minutes(book) for name, book in NOTEBOOKS.items()}
+    assert abs(sum(times[name] for name in names) / 60 - 5) < 1
+    numbered = [time for name, time in times.items() if name[0].isdigit()]
+    assert abs(sum(numbered) / 60 - 12) < 2
+
+
 def test_a_new_chapter_gets_a_row():
     page = "| [1. One](01_one.ipynb) | a | b | 5 min |\n| [3](03_c.ipynb) | a | b | |\n"
     source = "# 2. Two\n\nYou build:\n`two` · Time: 10 min"

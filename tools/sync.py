@@ -5,7 +5,8 @@
     python tools/sync.py --check    write nothing; exit 1 and name what is out of step
     python tools/sync.py --repository OWNER/NAME    the book's address on GitHub, first
 
-Each notebook's setup cell and Colab link, and the pages of `tools/pages.py`.
+Each notebook's setup cell, Colab link and reading time, and the pages of
+`tools/pages.py`.
 
 A cell that starts with `#| default_exp NAME` names the module, and the cells that start
 with `#| export` make it up (nbdev's directives). The repository's address comes from
@@ -29,6 +30,7 @@ from pages import (
     api_page,
     exercises_page,
     stamp_cover,
+    stamp_reading,
     stamp_scores,
     stamp_times,
     title_of,
@@ -174,6 +176,7 @@ def main():
             sys.exit(f"{path.name}: the first cell has no line [Open in Colab]()")
         link = COLAB_LINK.format(slug=slug, branch=repository["branch"], name=path.name)
         new_title = COLAB.sub(lambda _, link=link: link, title.source)
+        new_title = stamp_reading(new_title, notebook)
         if (found[0].source, title.source) != (setup, new_title):
             found[0].source, title.source = setup, new_title
             wanted[path] = nbformat.writes(notebook) + "\n"
