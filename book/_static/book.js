@@ -31,15 +31,15 @@
     opened.forEach((folded) => { folded.open = false; });
   });
 
-  // On a phone a wide figure slides: its edge fades as long as there is more of it, and the
-  // arrow keys move it.
-  const WIDE = "article :is(div.cell_output, div.output, p):has(> :is(img, table, svg))";
+  // On a phone a wide figure or line slides: its edge fades as long as there is more of it,
+  // and the arrow keys move it.
+  const WIDE = "article pre, article :is(div.cell_output, div.output, p):has(> :is(img, table, svg))";
   function slide(box) {
     const more = box.scrollWidth - box.clientWidth > 1;
     box.classList.toggle("slides", more);
     box.classList.toggle("slid", more && box.scrollLeft + box.clientWidth > box.scrollWidth - 2);
     if (more) box.tabIndex = 0;
-    else box.removeAttribute("tabindex");
+    else box.removeAttribute("tabindex"); // the theme gives one to each <pre>
   }
 
   function start() {
