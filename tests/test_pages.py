@@ -19,6 +19,7 @@ import yaml
 from conftest import ROOT
 from docutils import nodes
 from docutils.utils import new_document
+from PIL import Image
 from test_play import CHROMIUM, sync_playwright, watched
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "book"), str(ROOT / "book" / "_ext")]
@@ -797,3 +798,27 @@ def test_on_paper_solutions_are_open(browser):
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(closed) > 0
     page.close()
+
+
+def test_screenshots_show_a_page_from_top_to_bottom(tmp_path, monkeypatch):
+    if not CHROMIUM or sync_playwright is None:
+        pytest.skip("no Chromium or no playwright: no page is photographed")
+    import screenshots
+
+    monkeypatch.setattr(screenshots, "HTML", tmp_path)
+    with pytest.raises(SystemExit, match="no rendered book"):
+        screenshots.addresses([])
+    (tmp_path / "book").mkdir()
+    html = "<meta name=viewport content=width=device-width><div style='height:4000px'>"
+    (tmp_path / "book" / "long.html").write_text(html)
+    with pytest.raises(SystemExit, match="no page short; there are long"):
+        screenshots.addresses(["short"])
+    words = f"screenshots long --out {tmp_path} --modes dark --widths 390"
+    monkeypatch.setattr(sys, "argv", words.split())
+    screenshots.main()
+    sizes = []
+    for path in sorted(tmp_path.glob("long-dark-390-*.png")):
+        with Image.open(path) as picture:
+            sizes.append(picture.size)
+    assert len(sizes) == 2 and {width for width, _ in sizes} == {390}
+    assert sum(height for _, height in sizes) >= 4000
