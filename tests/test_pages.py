@@ -419,6 +419,9 @@ def test_captions_are_numbered_and_move_to_their_plot():
     page = chapter_of(figure_line("One."), title="Play with it")
     flamingo_book.captions(None, page)
     assert page.astext().endswith("Figure 1. One.")
+    page = chapter_of(figure_line("One."), title="Appendix A. How it was trained")
+    flamingo_book.captions(None, page)
+    assert page.astext().endswith("Figure A.1. One.")
 
 
 IMPORTS = "import ast\nimport re\n\nfrom a import (\n    b,\n)\n\nx = b(1)"

@@ -26,7 +26,7 @@ from sphinxcontrib.bibtex.style.referencing.author_year import AuthorYearReferen
 
 DIRECTIVE = re.compile(r"^#\|\s*(default_exp|export)\b[ \t]*(\S*)[ \t]*\n?", re.M)
 CHAPTER = re.compile(r"book/[0-9A-Z]")
-CHAPTER_NUMBER = re.compile(r"([0-9A-Z]\w*)\. ")
+CHAPTER_NUMBER = re.compile(r"(?:Appendix )?([0-9A-Z]\w*)\. ")
 QUESTION = re.compile(r"before you (run|look)\b", re.I)
 SHORT = 5  # lines; a cell of fewer is not worth folding
 NOT_LINKED = (nodes.reference, nodes.literal, nodes.title, nodes.raw, nodes.strong)
