@@ -665,6 +665,7 @@ AXE_RUN = """async (code) => {
   const all = (what, change) => document.querySelectorAll(what).forEach(change);
   if (!code) all("div.highlight pre", (pre) => pre.remove());
   all("article details", (folded) => { folded.open = true; });
+  await new Promise((done) => setTimeout(done, 100)); // book.js has seen what slides
   const found = await axe.run(document, {
     runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"],
     resultTypes: ["violations"], preload: false });
