@@ -215,6 +215,12 @@ def one_thebe(app, pagename, templatename, context, doctree):
         context["script_files"][:] = keep
 
 
+def no_old_roles(app, pagename, templatename, context, doctree):
+    """docutils marks papers with a role that ARIA has given up."""
+    body = context.get("body", "")
+    context["body"] = body.replace(' role="doc-biblioentry"', "")
+
+
 def no_idle_mathjax(app, pagename, templatename, context, doctree):
     """The root page gets MathJax for formulas of the other pages; it has none."""
     has = app.env.get_domain("math").data["has_equations"]
@@ -458,5 +464,6 @@ def setup(app):
     app.connect("autodoc-process-docstring", as_rst, priority=100)
     app.connect("html-page-context", one_thebe, priority=900)
     app.connect("html-page-context", no_idle_mathjax, priority=901)
+    app.connect("html-page-context", no_old_roles)
     app.connect("html-page-context", about)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
