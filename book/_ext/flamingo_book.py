@@ -218,7 +218,7 @@ def one_thebe(app, pagename, templatename, context, doctree):
 def no_old_roles(app, pagename, templatename, context, doctree):
     """docutils marks papers with a role that ARIA has given up."""
     body = context.get("body", "")
-    context["body"] = body.replace(' role="doc-biblioentry"', "")
+    context["body"] = body.replace('role="doc-biblioentry"', 'role="listitem"')
 
 
 def no_idle_mathjax(app, pagename, templatename, context, doctree):
