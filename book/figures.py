@@ -43,7 +43,7 @@ def flamingo_map(lit):
     known = {*BLOCKS, *frames, "training", "generation"} - {"lm"}
     if lit not in known:
         raise ValueError(f"no part {lit!r}; there are {', '.join(sorted(known))}")
-    fig, ax = plt.subplots(figsize=(8.6, 2.9), facecolor="white")
+    fig, ax = plt.subplots(figsize=(8.6, 2.9), facecolor="white", dpi=180)
     for name, (left, bottom, width, height) in frames.items():
         on = lit in (name, "training")
         box = FancyBboxPatch(
@@ -58,8 +58,8 @@ def flamingo_map(lit):
             zorder=0 if name == "model" else 1,
         )
         ax.add_patch(box)
-    ax.text(10.95, 2.15, "Flamingo layers", ha="right", fontsize=8, color=INK)
-    ax.text(2.0, 0.08, "Flamingo", fontsize=8, color=INK)
+    ax.text(10.95, 2.15, "Flamingo layers", ha="right", fontsize=9, color=INK)
+    ax.text(2.0, 0.08, "Flamingo", fontsize=9, color=INK)
     for name, (left, bottom, width, height, label, shape) in BLOCKS.items():
         on = lit in (name, "training") and name != "lm"
         box = FancyBboxPatch(
@@ -78,11 +78,11 @@ def flamingo_map(lit):
             *middle, label, ha="center", va="center", fontsize=9, color=colour, zorder=3
         )
         ax.text(
-            middle[0] - 0.4 * (name == "perceiver"),  # beside its arrow
+            middle[0] - {"perceiver": 0.36, "vision": 0.07}.get(name, 0),  # apart
             bottom - 0.28,
             shape,
             ha="center",
-            fontsize=7,
+            fontsize=9,
             color=INK,
             zorder=3,
         )
@@ -93,10 +93,10 @@ def flamingo_map(lit):
         way_back = {"arrowstyle": "->", "color": PINK, "lw": 2.5, "shrinkA": 0}
         way_back["connectionstyle"] = "bar,angle=180,fraction=-0.11"
         ax.annotate("", (0.8, 0.85), (11.45, 0.85), arrowprops=way_back, zorder=3)
-        text = {"s": "append the next token", "ha": "center", "fontsize": 8}
+        text = {"s": "append the next token", "ha": "center", "fontsize": 9}
         ax.text(6.1, -0.62, color=PINK, **text)
-    ax.text(11.67, 1.45, "logits", ha="center", fontsize=7, color=INK)
-    ax.text(4.1, 1.45, "text (B, T_txt, d_txt)", ha="center", fontsize=7, color=INK)
+    ax.text(11.67, 1.45, "logits", ha="center", fontsize=9, color=INK)
+    ax.text(4.1, 1.45, "text (B, T_txt, d_txt)", ha="center", fontsize=9, color=INK)
     ax.set_xlim(-0.1, 13.4)
     ax.set_ylim(-0.8 if lit == "generation" else 0, 3.7)
     ax.axis("off")

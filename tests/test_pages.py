@@ -5,21 +5,35 @@ with its own parser and in headless Chromium, found by CHROMIUM or on the PATH; 
 a rendered book, or a Chromium, one line says what was not looked at.
 """
 
+import json
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
 import yaml
 from conftest import ROOT
+from docutils import nodes
+from docutils.utils import new_document
+from PIL import Image
 from test_play import CHROMIUM, sync_playwright, watched
 
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "book"), str(ROOT / "book" / "_ext")]
+import figures
+import flamingo_book
 import pages
 import sync
+
+try:
+    import axe_playwright_python
+
+    AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
+except ImportError:
+    AXE = None
 
 BOOK = ROOT / "book"
 HTML = ROOT / "_build" / "html"
@@ -142,6 +156,32 @@ def test_the_landing_page_has_the_times_of_the_chapters():
     assert pages.hours(45) == "45 minutes" and pages.hours(450) == "7½ hours"
 
 
+def test_reading_times_are_counted():
+    word, line = "word " * 1000, "x = 1\n" * 100
+    cells = [
+        nbformat.v4.new_markdown_cell("# 1. One\n\nTime:  7 min, 7 of them computing"),
+        nbformat.v4.new_markdown_cell(f"{word}<details>{word}</details>"),
+        nbformat.v4.new_markdown_cell(f"> **Exercise 1.1** ●○○ · 5 min. {word}"),
+        nbformat.v4.new_code_cell(line),
+        nbformat.v4.new_code_cell(line, metadata={"tags": ["hide-cell"]}),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    assert pages.reading_minutes(notebook) == 10  # 1000 / 200 + 100 / 20
+    first = pages.stamp_reading(cells[0].source, notebook)
+    assert first.endswith("Time:  10 min, 7 of them computing")
+
+
+def test_five_and_twelve_hours_are_what_the_chapters_take():
+    page = (BOOK / "before_you_start.md").read_text()
+    five = re.search(r"\*\*Five hours\.\*\*.*", page)[0]
+    names = set(re.findall(r"\((\w+\.ipynb)\)", five))
+    assert len(names) == 7 and "**Twelve hours.** All chapters in order" in page
+    times = {name: pages.reading_minutes(book) for name, book in NOTEBOOKS.items()}
+    assert abs(sum(times[name] for name in names) / 60 - 5) < 1
+    numbered = [time for name, time in times.items() if name[0].isdigit()]
+    assert abs(sum(numbered) / 60 - 12) < 2
+
+
 def test_a_new_chapter_gets_a_row():
     page = "| [1. One](01_one.ipynb) | a | b | 5 min |\n| [3](03_c.ipynb) | a | b | |\n"
     source = "# 2. Two\n\nYou build:\n`two` · Time: 10 min"
@@ -158,6 +198,48 @@ def test_the_landing_page_has_the_losses_of_chapter_9():
     stamped = pages.stamp_scores(page, NOTEBOOKS["09_training.ipynb"])
     assert page == stamped
     assert re.search(r"<!-- scores -->.*\d\.\d\d and \d\.\d\d.*<!--", page)
+
+
+def cover_numbers():
+    """What tools/make_cover.py counted when it drew the cover; None before that."""
+    path = BOOK / "images" / "cover.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def test_the_landing_page_has_the_numbers_of_its_picture():
+    page, numbers = (BOOK / "intro.md").read_text(), cover_numbers()
+    if numbers is None:
+        pytest.skip("no cover.json: run tools/make_cover.py and tools/sync.py")
+    assert page == pages.stamp_cover(page, numbers)
+    assert sum(test["pictures"] for test in numbers["tests"].values()) == 24
+    said = re.search(r"<!-- cover -->(.*)<!-- /cover -->", page)[1]
+    right = sum(test["right"] for test in numbers["tests"].values())
+    assert f"right are {right} of the 24" in said
+
+
+def test_the_numbers_of_the_cover_are_put_in():
+    test = {"pictures": 6, "right": 4}
+    numbers = {"tests": dict.fromkeys(pages.COVER, test)}
+    numbers["exchanged"] = {"pictures": 24, "right": 15, "as before": 2}
+    page = pages.stamp_cover("a <!-- cover -->old<!-- /cover --> b", numbers)
+    assert "right are 16 of the 24: 4 of 6 Twemoji, 4 of 6 OpenMoji" in page
+    assert "15 are right, and 2 say what they said before." in page
+    assert "old" not in page and page.startswith("a <") and page.endswith("> b")
+
+
+def test_the_cover_is_drawn_by_lot(monkeypatch):
+    import make_cover
+    from hands import CLIP_ART
+
+    chosen = make_cover.choose(make_cover.all_rows(), seed=0)
+    assert [len(scenes) for scenes in chosen.values()] == [6, 6, 6, 6]
+    assert list(chosen) == list(pages.COVER) == list(make_cover.ROWS)[:-1]
+    for name, studio in (("OpenMoji", "openmoji"), (CLIP_ART, CLIP_ART)):
+        assert {s for scene in chosen[name] for s in scene["studios"]} == {studio}
+    assert all(len(scene["things"]) == 2 for scene in chosen["held-out pairs"])
+    scenes = [{"text": "a lemon"}, {"text": "a cow"}]
+    wanted = {"pictures": 2, "right": 1}
+    assert make_cover.counts(["a lemon", "a pig"], scenes) == wanted
 
 
 def symptoms():
@@ -250,6 +332,156 @@ def test_the_workflows_are_right():
     except FileNotFoundError:
         pytest.skip("no actionlint: the workflows are read, not checked")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------- the book's own tools
+
+
+def luminance(colour):
+    """WCAG's relative luminance of "#rrggbb"."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+def test_right_and_wrong_are_one_pair_of_colours():
+    css = (BOOK / "_static" / "book.css").read_text()
+    assert f"--right: {figures.RIGHT}; --wrong: {figures.WRONG};" in css
+    for colour in (figures.RIGHT, figures.WRONG):
+        assert 1.05 / (luminance(colour) + 0.05) >= 4.5  # on white
+    assert figures.verdict("a cow", "a cow") == ("✓ a cow", figures.RIGHT)
+    assert figures.verdict("a cow", "a pig") == ("✗ a cow\n(a pig)", figures.WRONG)
+    shown = figures.table([("✓ a cow",), ("✗ a cow",)], ("said",))._repr_html_()
+    assert '<td class="right">✓' in shown and '<td class="wrong">✗' in shown
+    others = [*PAGES, *BOOK.glob("*.ipynb"), *BOOK.glob("_static/*.*s")]
+    for path in others:  # they are named, never written again by hand
+        if path.name != "book.css":
+            text = path.read_text()
+            assert figures.RIGHT not in text and figures.WRONG not in text, path.name
+
+
+def test_rows_become_a_table():
+    rows = [("lemon <b>", 12, "0.21"), ("cow", "7", "–")]
+    shown = figures.table(rows, ("thing", "right", "loss"))
+    lines = repr(shown).splitlines()
+    assert (
+        lines[0] == "thing      right  loss" and lines[-1] == "cow            7     –"
+    )
+    page = shown._repr_html_()
+    assert "<th>thing</th>" in page and "lemon &lt;b&gt;" in page
+    assert page.count("<tr>") == 3 and page.count("text-align: right") == 6
+    assert repr(figures.table([], ("a", "b"))) == "a  b\n-  -"
+    with pytest.raises(ValueError, match="row 1 has 2 cells, the header 3"):
+        figures.table([rows[0], ("cow", 7)], ("thing", "right", "loss"))
+
+
+def cell_of(code, output="something"):
+    """A code cell as the book's extension meets it."""
+    source = nodes.literal_block(code, code)
+    cell = nodes.container(nb_element="cell_code", cell_metadata={}, classes=["cell"])
+    cell += nodes.container("", source, nb_element="cell_code_source")
+    if output:
+        output = nodes.container("", nodes.paragraph(text=output))
+        cell += output
+        output["nb_element"] = "cell_code_output"
+    return cell
+
+
+def chapter_of(*parts, title="3. Masked cross-attention"):
+    """A document of one section with these parts."""
+    document = new_document("test")
+    document += nodes.section("", nodes.title(text=title), *parts)
+    return document
+
+
+def figure_line(text):
+    return nodes.paragraph(
+        "", "", nodes.emphasis(text="Figure:"), nodes.Text(f" {text}")
+    )
+
+
+def test_captions_are_numbered_and_move_to_their_plot():
+    plot, drawing = (
+        cell_of("plt.show()"),
+        nodes.paragraph("", "", nodes.image(uri="a.png")),
+    )
+    said = [figure_line("A curve."), figure_line("A drawing.")]
+    document = chapter_of(
+        plot, said[0], nodes.paragraph(text="Text."), drawing, said[1]
+    )
+    flamingo_book.captions(None, document)
+    assert [p.astext() for p in said] == [
+        "Figure 3.1. A curve.",
+        "Figure 3.2. A drawing.",
+    ]
+    assert plot[-1][-1] is said[0] and said[1].parent is document[0]
+    assert said[1]["ids"] == ["figure-3-2"]
+    page = chapter_of(figure_line("One."), title="Play with it")
+    flamingo_book.captions(None, page)
+    assert page.astext().endswith("Figure 1. One.")
+    page = chapter_of(figure_line("One."), title="Appendix A. How it was trained")
+    flamingo_book.captions(None, page)
+    assert page.astext().endswith("Figure A.1. One.")
+
+
+IMPORTS = "import ast\nimport re\n\nfrom a import (\n    b,\n)\n\nx = b(1)"
+PLOT = """fig, (left, right) = plt.subplots(1, 2)
+for ax in (left, right):
+    ax.plot(losses)
+steps = range(len(losses))
+right.set_title("loss")
+fig.tight_layout()"""
+
+
+def folded_of(document):
+    """The words above each folded part, in order."""
+    found = document.findall(flamingo_book.HideCodeCellNode)
+    return [node["prompt_show"] for node in found]
+
+
+def test_setup_imports_and_plots_are_folded():
+    setup = cell_of("import os", output=None)
+    setup["classes"].append("tag_setup")
+    cells = [setup, cell_of(IMPORTS), cell_of(PLOT), cell_of("#| export\n" + IMPORTS)]
+    document = chapter_of(*cells)
+    flamingo_book.folds(None, document)
+    wanted = ["Show the setup", "Show the imports", "Show the plotting code"]
+    assert folded_of(document) == wanted
+    assert cells[1][1]["nb_element"] == "cell_code_output"  # what it printed stays
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        PLOT + "\nassert losses[0] > losses[-1]",  # a proof
+        "fig, ax = plt.subplots()\nax.plot(losses)",  # short
+        PLOT
+        + "\nfor step in steps:\n    a = 1\n    b = 2\n    c = 3\n    d = 4\n    e = 5",
+        "!pip list\n" * 6,
+        "figure = 1\n" * 6,
+    ],
+)
+def test_other_code_is_not_folded(code):
+    document = chapter_of(cell_of(code))
+    flamingo_book.folds(None, document)
+    assert folded_of(document) == []
+
+
+def test_an_answer_is_folded_until_it_is_guessed():
+    bold = nodes.strong("", "Before you run it:")
+    question = nodes.paragraph("", "", bold, nodes.Text(" what comes out?"))
+    cells = [cell_of("x", output) for output in (None, "42", "43", "later")]
+    text = nodes.paragraph(text="It was 42.")
+    document = chapter_of(question, *cells[:3], text, cells[3])
+    flamingo_book.folds(None, document)
+    folded = list(document.findall(flamingo_book.HideCodeCellNode))
+    assert [node.astext() for node in folded] == ["42", "43"]
+    assert folded[0]["prompt_show"] == "Show what happened"
+    assert folded[0].parent is cells[1]
+    section = nodes.section("", nodes.title(text="On"), cell_of("x", "later"))
+    document = chapter_of(question.deepcopy(), section)
+    flamingo_book.folds(None, document)
+    assert folded_of(document) == []
 
 
 # ---------------------------------------------------------------------- rendered
@@ -427,6 +659,112 @@ def test_a_weak_contrast_and_a_wide_page_are_found(browser):
     page.close()
 
 
+# WCAG 2.0 to 2.2, A and AA. Code has the same colours on every page: it is looked at in
+# one chapter and taken out of the others, where it would take ten times as long.
+AXE_RUN = """async (code) => {
+  const all = (what, change) => document.querySelectorAll(what).forEach(change);
+  if (!code) all("div.highlight pre", (pre) => pre.remove());
+  all("article details", (folded) => { folded.open = true; });
+  await new Promise((done) => setTimeout(done, 100)); // book.js has seen what slides
+  const found = await axe.run(document, {
+    runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"],
+    resultTypes: ["violations"], preload: false });
+  return found.violations.flatMap((v) => v.nodes.map((n) => `${v.id}: ${n.target}`));
+}"""
+WITH_CODE = "03_cross_attention"
+
+
+def findings_of_axe(page, with_code=False):
+    """What axe-core has against a page, a line for each element."""
+    page.add_script_tag(content=AXE.read_text(encoding="utf-8"))
+    return page.evaluate(AXE_RUN, with_code)
+
+
+@pytest.mark.skipif(AXE is None, reason="no axe-playwright-python: axe is not run")
+@pytest.mark.parametrize(("mode", "width"), [("light", 1300), ("dark", 390)])
+def test_axe_finds_nothing(browser, mode, width):
+    paths = [*sorted((HTML / "book").glob("*.html")), HTML / "search.html"]
+    context = {"color_scheme": mode, "reduced_motion": "reduce"}
+    page, _ = watched(browser, paths[0].as_uri(), width, **context)
+    found = {}
+    for path in paths:
+        page.goto(path.as_uri())
+        found[path.stem] = findings_of_axe(page, path.stem == WITH_CODE)
+    page.close()
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.skipif(AXE is None, reason="no axe-playwright-python: axe is not run")
+def test_axe_finds_a_picture_without_words_and_a_pale_line(browser):
+    address = "data:text/html,<html lang=en><title>t</title><article><img src=a.png>"
+    address += "<p style='color:%23aaa;background:%23fff'>pale</p></article>"
+    page, _ = watched(browser, address)
+    found = " ".join(findings_of_axe(page))
+    assert "image-alt" in found and "color-contrast" in found
+    page.close()
+
+
+def test_folds_are_closed_and_a_key_opens_them(browser):
+    page, faults = watched(
+        browser, (HTML / "book" / "03_cross_attention.html").as_uri()
+    )
+    closed = page.locator("article details:not([open]) > summary:visible")
+    words = closed.all_inner_texts()
+    assert words[:2] == ["Show the setup", "Show the imports"]
+    assert {"Show the plotting code", "Show what happened"} < set(words)
+    solutions = [word for word in words if word == "Show the solution"]
+    assert len(solutions) == 3 and "import os" not in page.inner_text("article")
+    closed.first.focus()
+    page.keyboard.press("Enter")
+    assert "import os" in page.inner_text("article")
+    assert not faults
+    page.close()
+
+
+def test_without_scripts_a_fold_opens_too(browser):
+    address = (HTML / "book" / "03_cross_attention.html").as_uri()
+    page, _ = watched(browser, address, java_script_enabled=False)
+    fold = page.locator("details", has_text="Show what happened").first
+    assert not fold.locator(".cell_output").is_visible()
+    fold.locator("summary").click()
+    assert fold.locator(".cell_output").is_visible()
+    page.close()
+
+
+CUT = """() => [...document.querySelectorAll("article img, article table")]
+  .filter((e) => e.getClientRects().length).flatMap((e) => {
+    for (let box = e.parentElement; box; box = box.parentElement) {
+      const style = getComputedStyle(box);
+      if (!["auto", "scroll", "hidden"].includes(style.overflowX)) continue;
+      if (box.scrollWidth - box.clientWidth < 2) return [];
+      const cue = style.maskImage !== "none" && box.tabIndex === 0;
+      return cue || e.tagName === "TABLE" ? [] : [e.src.slice(0, 60)];
+    }
+    return [];
+  })"""
+
+
+def test_no_figure_is_cut_without_a_cue_on_a_phone(browser):
+    address = (HTML / "book" / "intro.html").as_uri()
+    page, _ = watched(browser, address, width=390)
+    cut, slides = {}, 0
+    for name in ["intro.ipynb", *NOTEBOOKS]:
+        page.goto(address.replace("intro", name.removesuffix(".ipynb")))
+        page.wait_for_timeout(200)
+        cut[name], n = page.evaluate(CUT), page.locator("article .slides").count()
+        slides += n
+    assert slides and {name: found for name, found in cut.items() if found} == {}
+    page.goto(address)
+    wide = page.locator("article .slides").first
+    wide.evaluate("box => { box.scrollLeft = box.scrollWidth; }")
+    page.wait_for_timeout(300)
+    assert wide.evaluate("box => getComputedStyle(box).maskImage") == "none"
+    page.add_style_tag(content=".slides { mask-image: none !important; }")
+    wide.evaluate("box => { box.scrollLeft = 0; }")
+    assert page.evaluate(CUT)  # a planted fault: no cue
+    page.close()
+
+
 def test_the_map_leads_to_the_chapters(browser):
     page, faults = watched(browser, (HTML / "book" / "intro.html").as_uri())
     links = page.locator("svg.model-map a")
@@ -464,3 +802,27 @@ def test_on_paper_solutions_are_open(browser):
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(closed) > 0
     page.close()
+
+
+def test_screenshots_show_a_page_from_top_to_bottom(tmp_path, monkeypatch):
+    if not CHROMIUM or sync_playwright is None:
+        pytest.skip("no Chromium or no playwright: no page is photographed")
+    import screenshots
+
+    monkeypatch.setattr(screenshots, "HTML", tmp_path)
+    with pytest.raises(SystemExit, match="no rendered book"):
+        screenshots.addresses([])
+    (tmp_path / "book").mkdir()
+    html = "<meta name=viewport content=width=device-width><div style='height:4000px'>"
+    (tmp_path / "book" / "long.html").write_text(html)
+    with pytest.raises(SystemExit, match="no page short; there are long"):
+        screenshots.addresses(["short"])
+    words = f"screenshots long --out {tmp_path} --modes dark --widths 390"
+    monkeypatch.setattr(sys, "argv", words.split())
+    screenshots.main()
+    sizes = []
+    for path in sorted(tmp_path.glob("long-dark-390-*.png")):
+        with Image.open(path) as picture:
+            sizes.append(picture.size)
+    assert len(sizes) == 2 and {width for width, _ in sizes} == {390}
+    assert sum(height for _, height in sizes) >= 4000

@@ -1,29 +1,34 @@
 #!/usr/bin/env python3
-"""Draw the book's first-page picture: captions, and captions with one thing exchanged.
+"""Draw the book's first-page picture: two dozen captions, and one thing exchanged.
 
-    python tools/make_cover.py
+    python tools/make_cover.py          with the model in data/tiny_flamingo
+    python tools/make_cover.py --out FILE.png
 
-Writes book/images/cover.png with the embedded trained model: the flamingo of OpenMoji,
-a thing by Twemoji, a piece of clip art, the flamingo of Twemoji, a thing by OpenMoji
-(no model here was trained on these studios and artists), and two pairs that no training
-scene held. All but the flamingos are drawn by lot with --seed, not chosen. The lower
-row is a measurement of its own: in each picture one thing is exchanged for another by
-the same studio, or for other clip art that nothing was trained on, drawn by lot; all
-else stays where it is, and the model is run on that picture. In a pair it is the second
-thing, and the new pair is held out as well. The script also counts in how
-many of 100 places and sizes each of the two flamingos is named.
+Writes book/images/cover.png, and beside it cover.json, whose numbers tools/sync.py puts
+into book/intro.md. Four rows of six pictures: single things by Twemoji, by OpenMoji and
+by artists of clip art, none of whom any model here was trained on, and pairs that no
+training scene held. All are drawn by lot with --seed, not chosen; under each stands
+what the model says, with ✓ or ✗, and under a wrong caption the truth. The last row
+is a measurement of its own: in each picture one thing is exchanged for another by the
+same studio, or for other clip art that nothing was trained on, drawn by lot; all else
+stays where it is, and the model is run on that picture. In a pair it is the second
+thing, and the new pair is held out as well. All 24 are exchanged and counted; the row
+shows the pairs.
 """
 
 import argparse
+import json
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "book")]
 
 import matplotlib.pyplot as plt
 import numpy as np
-from hands import CLIP_ART, UNSEEN, sets_to_test
+from figures import INK, verdict
+from hands import CLIP_ART, sets_to_test
 
 from flamingo_lite import (
     caption,
@@ -34,31 +39,33 @@ from flamingo_lite import (
     make_scenes,
 )
 
-RIGHT, WRONG = "#d6336c", "#5c636a"
+COLUMNS = 6
+ROWS = {
+    "Twemoji": "Drawn by Twemoji, which no model here was trained on",
+    "OpenMoji": "Drawn by OpenMoji, which no model here was trained on",
+    CLIP_ART: "Clip art by artists whom no model here was trained on",
+    "held-out pairs": "Two things that no training picture held together",
+    "exchanged": "The row above, in each picture one thing exchanged for another",
+}
 
 
 def all_rows():
     """Of every test of tools/hands.py; the unseen clip art counts as one studio."""
     sets = sets_to_test()
     sets[CLIP_ART] = [{**row, "studio": CLIP_ART} for row in sets[CLIP_ART]]
-    return [row for rows in sets.values() for row in rows]
+    return sets
 
 
-def choose(rows, seed):
-    """Two flamingos and three things by unseen hands, two held-out pairs."""
-    by_studio = {}
-    for row in rows:
-        by_studio.setdefault(row["studio"], []).append(row)
-    trained = [row for row in rows if row["trained"]]
-    flamingo, other_flamingo = flamingo_rows(rows)
-    return [
-        *make_scenes(flamingo, 1, seed=seed, pairs=0.0),
-        *make_scenes(by_studio["twemoji"], 1, seed=seed, pairs=0.0),
-        *make_scenes(by_studio[CLIP_ART], 1, seed=seed, pairs=0.0),
-        *make_scenes(other_flamingo, 1, seed=seed, pairs=0.0),
-        *make_scenes(by_studio["openmoji"], 1, seed=seed, pairs=0.0),
-        *make_scenes(trained, 2, seed=seed, pairs=1.0, held_out=True),
-    ]
+def choose(sets, seed):
+    """{test: COLUMNS scenes}, single things of the unseen hands and held-out pairs."""
+    names = ("Twemoji", "OpenMoji", CLIP_ART)
+    found = {
+        name: make_scenes(sets[name], COLUMNS, seed + number, pairs=0.0)
+        for number, name in enumerate(names)
+    }
+    trained = sets["trained studios"]
+    pairs = make_scenes(trained, COLUMNS, seed, pairs=1.0, held_out=True)
+    return {**found, "held-out pairs": pairs}
 
 
 def drawn(scene, sprites, names, seed):
@@ -85,17 +92,44 @@ def exchanged(rng, scene, sprites):
     return {**scene, "things": [*first, str(rng.choice(others))]}
 
 
-def flamingo_rows(rows):
-    """The flamingo of each unseen studio, each in a list of its own."""
-    mine = [row for row in rows if row["thing"] == "flamingo"]
-    mine = [row for row in mine if row["studio"] in UNSEEN.values()]
-    return [[row] for row in sorted(mine, key=lambda row: row["studio"])]
+def counts(said, scenes):
+    """How many pictures there are, and how many captions are right word for word."""
+    right = sum(text == scene["text"] for text, scene in zip(said, scenes, strict=True))
+    return {"pictures": len(scenes), "right": right}
 
 
-def broken(caption):
-    """A caption on lines of its own for a relation."""
-    caption = caption.replace(" to the left of ", "\nto the left of\n")
-    return caption.replace(" above ", "\nabove\n")
+def draw(rows, path):
+    """Draw the grid.
+
+    Args:
+        rows: {key of ROWS: (scenes, captions)}.
+        path: of the PNG.
+    """
+    fig, axes = plt.subplots(
+        len(rows), COLUMNS, figsize=(9.6, 2.05 * len(rows)), facecolor="white"
+    )
+    height = 1 / len(rows)
+    for number, (name, (scenes, said)) in enumerate(rows.items()):
+        top = 1 - number * height
+        fig.text(0.012, top - 0.008, ROWS[name], fontsize=11, color=INK, va="top")
+        for column, (scene, text) in enumerate(zip(scenes, said, strict=True)):
+            ax = axes[number, column]
+            ax.set_position(
+                (column / COLUMNS, top - 0.68 * height, 1 / COLUMNS, 0.55 * height)
+            )
+            ax.imshow(scene["picture"])
+            ax.axis("off")
+            title, colour = verdict(text, scene["text"])
+            lines = [textwrap.fill(line, 19) for line in title.split("\n")]
+            style = {"fontsize": 9.5, "ha": "center", "va": "top", "linespacing": 1.1}
+            at = {"xy": (0.5, 0), "xycoords": "axes fraction", "xytext": (0, -2)}
+            ax.annotate(
+                lines[0], **at, textcoords="offset points", color=colour, **style
+            )
+            if len(lines) > 1:  # the truth, in ink, below as many lines as there are
+                under = "\n" * (lines[0].count("\n") + 1) + lines[1]
+                ax.annotate(under, **at, textcoords="offset points", color=INK, **style)
+    fig.savefig(path, dpi=150, metadata={"Software": None})
 
 
 def main():
@@ -103,51 +137,32 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "book/images/cover.png")
     args = parser.parse_args()
-    model, image_processor, tokenizer = load_flamingo("tiny")
-    rows = all_rows()
-    sprites, names = load_sprites(rows), {row["thing"]: row["text"] for row in rows}
-    rng, scenes, right = np.random.default_rng(args.seed), [[], []], []
-    for number, scene in enumerate(choose(rows, args.seed)):
-        for row, one in zip(
-            scenes, (scene, exchanged(rng, scene, sprites)), strict=True
-        ):
-            row.append(drawn(one, sprites, names, (args.seed, number)))
-
-    n = len(scenes[0])
-    fig, axes = plt.subplots(2, n, figsize=(9.6, 4.9), facecolor="white")
-    for row, one in zip(axes, scenes, strict=True):
-        pictures = [scene["picture"] for scene in one]
-        said = caption(model, image_processor, tokenizer, pictures)
-        right.append([text == s["text"] for text, s in zip(said, one, strict=True)])
-        for ax, picture, text, good in zip(row, pictures, said, right[-1], strict=True):
-            ax.imshow(picture)
-            colour = RIGHT if good else WRONG
-            ax.set_title(broken(text), fontsize=11, color=colour, linespacing=1.05)
-            ax.axis("off")
-        print(
-            *(f"{s['text']} -> {text}" for s, text in zip(one, said, strict=True)),
-            sep="\n",
-        )
-    for y, text in (
-        (0.985, "What the model says of each picture:"),
-        (
-            0.49,
-            "One thing in each exchanged for another, by lot, and what it says now:",
-        ),
-    ):
-        fig.text(0.01, y, text, fontsize=12, color="#343a40", va="top")
-    fig.subplots_adjust(0.01, 0.0, 0.99, 0.78, wspace=0.08, hspace=0.75)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(args.out, dpi=150, metadata={"Software": None})
-    above, below = map(sum, right)
-    print(
-        f"{above} of {n} captions are exact, {below} below; {args.out.name} is written"
-    )
-    for rows_of_one in flamingo_rows(rows):
-        many = make_scenes(rows_of_one, 100, seed=args.seed + 1, pairs=0.0)
-        said = caption(model, image_processor, tokenizer, [s["picture"] for s in many])
-        found = sum(text == "a flamingo" for text in said)
-        print(f"the flamingo of {rows_of_one[0]['studio']}: named in {found} of 100")
+    built, sets = load_flamingo("tiny"), all_rows()
+    everything = [row for rows in sets.values() for row in rows]
+    sprites = load_sprites(everything)
+    names = {row["thing"]: row["text"] for row in everything}
+    rng, shown, numbers = np.random.default_rng(args.seed), {}, {}
+    exchanged_all = {"pictures": 0, "right": 0, "as before": 0}
+    for group, (name, chosen) in enumerate(choose(sets, args.seed).items()):
+        both = []
+        others = [exchanged(rng, scene, sprites) for scene in chosen]
+        for some in (chosen, others):
+            scenes = [
+                drawn(scene, sprites, names, (args.seed, group, number))
+                for number, scene in enumerate(some)
+            ]
+            both.append((scenes, caption(*built, [s["picture"] for s in scenes])))
+        (scenes, said), (others, now) = both
+        shown[name], shown["exchanged"] = both
+        numbers[name] = counts(said, scenes)
+        for key, number in counts(now, others).items():
+            exchanged_all[key] += number
+        same = sum(old == new for old, new in zip(said, now, strict=True))
+        exchanged_all["as before"] += same
+    draw({name: shown[name] for name in ROWS}, args.out)
+    numbers = {"seed": args.seed, "tests": numbers, "exchanged": exchanged_all}
+    args.out.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(json.dumps(numbers), f"{args.out.name} is written", sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,12 @@ EXERCISE = re.compile(
     r"> \*\*Exercise (?P<number>\w+\.\d+)\*\* (?P<dots>[●○]{3}) · "
     r"(?:(?P<kind>[^·\n]+?) · )?(?P<minutes>\d+) min\. (?P<text>.*(?:\n>.*)*)"
 )
+COVER = {
+    "Twemoji": "Twemoji",
+    "OpenMoji": "OpenMoji",
+    "unseen clip art": "clip art",
+    "held-out pairs": "pairs",
+}
 SCORES = re.compile(
     r"^(trained studios|Twemoji|OpenMoji|held-out pairs) +"
     r"true ([\d.]+) +shuffled ([\d.]+)",
@@ -61,6 +67,33 @@ def minutes_of(notebook):
     """The reading time that a chapter states in its first cell; None if it does not."""
     found = TIME.search(notebook.cells[0].source)
     return int(found[1]) if found else None
+
+
+def reading_minutes(notebook):
+    """How long a chapter takes to read, without its exercises, in steps of 5 minutes.
+
+    200 words and 20 lines of code a minute, and three figures; solutions, hints and the
+    setup cell are not counted.
+    """
+    words = lines = figures = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            text = re.sub(r"<details>.*?</details>", "", cell.source, flags=re.S)
+            text = re.sub(r"\]\([^)]*\)", "", EXERCISE.sub("", text))
+            words += len(re.findall(r"\w[\w'’-]*", text))
+            figures += text.count("![")
+        elif not {"setup", "hide-cell"} & set(cell.metadata.get("tags", ())):
+            lines += sum(bool(line.strip()) for line in cell.source.splitlines())
+            outputs = (output.get("data", {}) for output in cell.outputs)
+            figures += sum("image/png" in data for data in outputs)
+    return max(5, 5 * round((words / 200 + lines / 20 + figures / 3) / 5))
+
+
+def stamp_reading(first, notebook):
+    """A chapter's first cell with its reading time in it."""
+    return TIME.sub(
+        lambda found: found[0].replace(found[1], str(reading_minutes(notebook))), first
+    )
 
 
 def hours(minutes):
@@ -198,5 +231,33 @@ def stamp_scores(page, notebook):
     return re.sub(
         r"<!-- scores -->.*?<!-- /scores -->",
         lambda _: f"<!-- scores -->{says}<!-- /scores -->",
+        page,
+    )
+
+
+def stamp_cover(page, numbers):
+    """Write into the landing page how many captions of its picture are right.
+
+    Args:
+        page: the text.
+        numbers: from cover.json, which tools/make_cover.py writes with the picture.
+    """
+    tests = numbers["tests"]
+    pictures = sum(test["pictures"] for test in tests.values())
+    right = sum(test["right"] for test in tests.values())
+    each = ", ".join(
+        f"{tests[name]['right']} of {tests[name]['pictures']} {says}"
+        for name, says in COVER.items()
+    )
+    other = numbers["exchanged"]
+    says = (
+        f"Word for word right are {right} of the {pictures}: {each}. "
+        f"With one thing exchanged in each of the {other['pictures']}, "
+        f"{other['right']} are right, "
+        f"and {other['as before']} say what they said before."
+    )
+    return re.sub(
+        r"<!-- cover -->.*?<!-- /cover -->",
+        lambda _: f"<!-- cover -->{says}<!-- /cover -->",
         page,
     )

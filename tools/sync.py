@@ -5,7 +5,8 @@
     python tools/sync.py --check    write nothing; exit 1 and name what is out of step
     python tools/sync.py --repository OWNER/NAME    the book's address on GitHub, first
 
-Each notebook's setup cell and Colab link, and the pages of `tools/pages.py`.
+Each notebook's setup cell, Colab link and reading time, and the pages of
+`tools/pages.py`.
 
 A cell that starts with `#| default_exp NAME` names the module, and the cells that start
 with `#| export` make it up (nbdev's directives). The repository's address comes from
@@ -15,6 +16,7 @@ pyproject.toml.
 
 import argparse
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -24,7 +26,15 @@ import nbformat
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pages import api_page, exercises_page, stamp_scores, stamp_times, title_of
+from pages import (
+    api_page,
+    exercises_page,
+    stamp_cover,
+    stamp_reading,
+    stamp_scores,
+    stamp_times,
+    title_of,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTIVE = re.compile(r"^#\|\s*(default_exp|export)\b[ \t]*(\S*)[ \t]*\n?", re.M)
@@ -166,6 +176,7 @@ def main():
             sys.exit(f"{path.name}: the first cell has no line [Open in Colab]()")
         link = COLAB_LINK.format(slug=slug, branch=repository["branch"], name=path.name)
         new_title = COLAB.sub(lambda _, link=link: link, title.source)
+        new_title = stamp_reading(new_title, notebook)
         if (found[0].source, title.source) != (setup, new_title):
             found[0].source, title.source = setup, new_title
             wanted[path] = nbformat.writes(notebook) + "\n"
@@ -195,6 +206,8 @@ def main():
     landing = stamp_times(landing, notebooks)
     if "09_training.ipynb" in notebooks:
         landing = stamp_scores(landing, notebooks["09_training.ipynb"])
+    if (cover := book / "images" / "cover.json").exists():
+        landing = stamp_cover(landing, json.loads(cover.read_text()))
     wanted[book / "intro.md"] = landing
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     for path in sorted((ROOT / "flamingo_lite").glob("*.py")):

@@ -1,10 +1,11 @@
 """Sphinx glue of this book.
 
-Badges on exported cells, one copy of thebe's script, docstrings as they are written
-here, the map with its links, words of the glossary, a description of each page,
-citations in the chapters' style.
+Badges on exported cells, folded set-up, plots and answers, numbered captions, one copy
+of thebe's script, docstrings as they are written here, the map with its links, words of
+the glossary, a description of each page, citations in the chapters' style.
 """
 
+import ast
 import html
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import pybtex.plugin
 import sphinxcontrib.bibtex.plugin
 from docutils import nodes
+from myst_nb.sphinx_ import HideCodeCellNode, depart_HideCellInput
 from pybtex.richtext import Text
 from pybtex.style.formatting.unsrt import Style as UnsortedStyle
 from pybtex.style.labels import BaseLabelStyle
@@ -24,6 +26,9 @@ from sphinxcontrib.bibtex.style.referencing.author_year import AuthorYearReferen
 
 DIRECTIVE = re.compile(r"^#\|\s*(default_exp|export)\b[ \t]*(\S*)[ \t]*\n?", re.M)
 CHAPTER = re.compile(r"book/[0-9A-Z]")
+CHAPTER_NUMBER = re.compile(r"(?:Appendix )?([0-9A-Z]\w*)\. ")
+QUESTION = re.compile(r"before you (run|look)\b", re.I)
+SHORT = 5  # lines; a cell of fewer is not worth folding
 NOT_LINKED = (nodes.reference, nodes.literal, nodes.title, nodes.raw, nodes.strong)
 BOOK = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BOOK.parent))  # autodoc imports flamingo_lite from here
@@ -55,6 +60,147 @@ def badges(app, doctree):
         cell.insert(0, badge)
 
 
+def is_cell(node):
+    """True if this is a code cell with what it printed."""
+    return isinstance(node, nodes.container) and node.get("nb_element") == "cell_code"
+
+
+def part_of(cell, element):
+    """A code cell's "cell_code_source" or "cell_code_output"; None if it has none."""
+    return next((part for part in cell if part.get("nb_element") == element), None)
+
+
+def lines_of(statement):
+    """(lines of its own, what stands in them) of a statement, without its body."""
+    inner = [
+        part
+        for name in ("body", "orelse", "finalbody", "handlers")
+        for part in getattr(statement, name, [])
+    ]
+    end = min((part.lineno - 1 for part in inner), default=statement.end_lineno)
+    own = [part for part in ast.iter_child_nodes(statement) if part not in inner]
+    return max(end - statement.lineno + 1, 1), own
+
+
+def main_work(code):
+    """What at least half of a cell's lines do.
+
+    Returns:
+        "imports", "plotting code" (they name `plt`, or what came from `plt.subplots`),
+        or None: something else, or the cell is short.
+    """
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:  # a line for the shell
+        return None
+    drawing = {"plt", "fig", "ax", "axes"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("plt."):
+            names = (n for target in node.targets for n in ast.walk(target))
+            drawing |= {name.id for name in names if isinstance(name, ast.Name)}
+    lines = Counter()
+    for statement in ast.walk(tree):
+        if not isinstance(statement, (ast.stmt, ast.ExceptHandler)):
+            continue
+        n, own = lines_of(statement)
+        named = {
+            name.id
+            for part in own
+            for name in ast.walk(part)
+            if isinstance(name, ast.Name)
+        }
+        lines["all"] += n
+        lines["imports"] += n * isinstance(statement, (ast.Import, ast.ImportFrom))
+        lines["plotting code"] += n * bool(named & drawing)
+        lines["asserts"] += isinstance(statement, ast.Assert)
+    if lines["all"] < SHORT or lines["asserts"]:  # a proof is to be seen
+        return None
+    works = ("imports", "plotting code")
+    return next((work for work in works if 2 * lines[work] >= lines["all"]), None)
+
+
+def fold(part, what, place):
+    """Put a part of a cell into a `<details>`, closed, under "Show …"."""
+    folded = HideCodeCellNode(
+        prompt_show=f"Show {what}", prompt_hide=f"Hide {what}", classes=[place]
+    )
+    part.replace_self(folded)
+    folded += part
+
+
+def is_question(node):
+    """True if this is the bold text that asks for a guess: "Before you run it"."""
+    return isinstance(node, nodes.strong) and QUESTION.match(node.astext())
+
+
+def folds(app, doctree):
+    """Fold what a first reading can do without, and answers until they are guessed.
+
+    The set-up and the imports, and code whose main work is a plot; never what is
+    exported. After a question, what the next cells put out, until the text goes on.
+    Solutions are folded by their tag.
+    """
+    asked = answered = False
+    for node in list(doctree.findall()):
+        if is_question(node):
+            asked, answered = True, False
+        elif isinstance(node, nodes.title):
+            asked = False
+        elif answered and isinstance(node.parent, (nodes.section, nodes.document)):
+            asked = asked and is_cell(node)
+        if not is_cell(node) or node.get("hide_mode"):
+            continue
+        source = part_of(node, "cell_code_source")
+        output = part_of(node, "cell_code_output")
+        block = next(node.findall(nodes.literal_block), None)
+        code = block.rawsource or block.astext() if source and block else ""
+        if "tag_setup" in node["classes"]:
+            fold(source, "the setup", "above-input")
+        elif not DIRECTIVE.match(code) and (work := main_work(code)):
+            fold(source, f"the {work}", "above-input")
+        if asked and output:
+            if source is not None and source.parent is node:
+                source["classes"].append("above-output-prompt")
+            fold(output, "what happened", "below-input")
+            answered = True
+
+
+def visit_fold(self, node):
+    """A folded part of a page; unlike myst_nb's, it is read out by its own words."""
+    self.body.append(f'<details class="admonition hide {" ".join(node["classes"])}">\n')
+    self.body.append("<summary>\n")
+    for kind, text in (("collapsed", "prompt_show"), ("expanded", "prompt_hide")):
+        says = html.escape(node[text])
+        self.body.append(f'<p class="{kind} admonition-title">{says}</p>\n')
+    self.body.append("</summary>\n")
+
+
+def captions(app, doctree):
+    """A paragraph `*Figure:* …` is the numbered caption of what stands above it.
+
+    "Figure 3.2" is the second in chapter 3. Below a cell that drew something the
+    caption moves into the cell's output, so that the two are folded and printed as one.
+    """
+    title = next(doctree.findall(nodes.title), None)
+    chapter = CHAPTER_NUMBER.match(title.astext()) if title else None
+    number = 0
+    for paragraph in list(doctree.findall(nodes.paragraph)):
+        first = paragraph[0] if len(paragraph) else None
+        if not isinstance(first, nodes.emphasis) or first.astext() != "Figure:":
+            continue
+        number += 1
+        which = f"{chapter[1]}.{number}" if chapter else f"{number}"
+        first.replace_self(nodes.strong("", f"Figure {which}."))
+        paragraph["classes"].append("figure-caption")
+        paragraph["ids"].append(f"figure-{which}".lower().replace(".", "-"))
+        place = paragraph.parent.index(paragraph)
+        above = paragraph.parent[place - 1] if place else None
+        output = part_of(above, "cell_code_output") if is_cell(above) else None
+        if output is not None:
+            paragraph.parent.remove(paragraph)
+            output += paragraph
+
+
 def one_thebe(app, pagename, templatename, context, doctree):
     """sphinx-thebe adds its inline script twice; the second is a console error."""
     seen, keep = False, []
@@ -67,6 +213,12 @@ def one_thebe(app, pagename, templatename, context, doctree):
         keep.append(script)
     if "script_files" in context:
         context["script_files"][:] = keep
+
+
+def no_old_roles(app, pagename, templatename, context, doctree):
+    """docutils marks papers with a role that ARIA has given up."""
+    body = context.get("body", "")
+    context["body"] = body.replace('role="doc-biblioentry"', 'role="listitem"')
 
 
 def no_idle_mathjax(app, pagename, templatename, context, doctree):
@@ -297,9 +449,14 @@ def setup(app):
     sphinxcontrib.bibtex.plugin.register_plugin(
         "sphinxcontrib.bibtex.style.referencing", "book", BookReferences
     )
+    app.add_node(
+        HideCodeCellNode, override=True, html=(visit_fold, depart_HideCellInput)
+    )
     app.add_config_value("book_description", "", "html")
     app.connect("config-inited", without_address)
     app.connect("config-inited", no_strangers)
+    app.connect("doctree-read", captions)
+    app.connect("doctree-read", folds)
     app.connect("doctree-read", badges)
     app.connect("doctree-read", no_dead_links)
     app.connect("doctree-resolved", inline_map)
@@ -307,5 +464,6 @@ def setup(app):
     app.connect("autodoc-process-docstring", as_rst, priority=100)
     app.connect("html-page-context", one_thebe, priority=900)
     app.connect("html-page-context", no_idle_mathjax, priority=901)
+    app.connect("html-page-context", no_old_roles)
     app.connect("html-page-context", about)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,5 +1,5 @@
 // What the theme leaves undone: a search without a server, its words marked where a result
-// lands, and folded solutions opened on paper.
+// lands, what is folded opened on paper, and wide figures that say that they slide.
 "use strict";
 (function () {
   // For a line of text below each result the pages are fetched, which no browser does from disk.
@@ -31,6 +31,26 @@
     opened.forEach((folded) => { folded.open = false; });
   });
 
-  if (document.readyState === "loading") addEventListener("DOMContentLoaded", mark);
-  else mark();
+  // On a phone a wide figure or line slides: its edge fades as long as there is more of it,
+  // and the arrow keys move it.
+  const WIDE = "article pre, article :is(div.cell_output, div.output, p):has(> :is(img, table, svg))";
+  function slide(box) {
+    const more = box.scrollWidth - box.clientWidth > 1;
+    box.classList.toggle("slides", more);
+    box.classList.toggle("slid", more && box.scrollLeft + box.clientWidth > box.scrollWidth - 2);
+    if (more) box.tabIndex = 0;
+    else box.removeAttribute("tabindex"); // the theme gives one to each <pre>
+  }
+
+  function start() {
+    mark();
+    const watch = new ResizeObserver((all) => all.forEach((one) => slide(one.target)));
+    document.querySelectorAll(WIDE).forEach((box) => {
+      box.addEventListener("scroll", () => slide(box), { passive: true });
+      watch.observe(box);
+    });
+  }
+
+  if (document.readyState === "loading") addEventListener("DOMContentLoaded", start);
+  else start();
 })();
