@@ -200,7 +200,10 @@ class TogetherInParts(Together):
 
     def read(self, function, *args):
         """As above; all processes have to call it."""
-        return self._runs(function, *args)
+        try:
+            return self._runs(function, *args)
+        finally:  # or `zero_grad` would see whole tensors that have no gradient
+            self._runs.reshard()
 
 
 def join(accelerator, model):
