@@ -215,6 +215,21 @@ def _out_of_memory(error, step, batch_size, accumulate):
     )
 
 
+@contextlib.contextmanager
+def _named(run):
+    """Say of which step a NotFinite is, and what may be to blame."""
+    try:
+        yield
+    except NotFinite as error:
+        step = len(run.notes.history)
+        why = run.examples.suspects(step)
+        if name := spoilt(run.model.named_parameters()):
+            why = f"{name} of the model holds something other than finite numbers"
+        if run.precision.is_scaled:
+            why += ". Or a number was over 65,504: try precision='float32'"
+        raise NotFinite(f"step {step + 1} not taken: {error}. {why}") from error
+
+
 class _Run:
     """A training under way: what moves, what it reads, how far it is."""
 
@@ -252,7 +267,7 @@ class _Run:
         batches = self.examples.batches(step, self.device, *among)
         rate = schedule(step, settings["n_steps"], settings["warmup"])
         self.is_whole = False
-        with self._named():
+        with _named(self):
             try:
                 moving = self.model, batches, self.optimizers, rate
                 loss = training_step(*moving, self.precision, self.together)
@@ -265,23 +280,9 @@ class _Run:
         if is_read_at_once(self.device) or self.notes.is_full():
             self.read()
 
-    @contextlib.contextmanager
-    def _named(self):
-        """Say of which step a NotFinite is, and what may be to blame."""
-        try:
-            yield
-        except NotFinite as error:
-            step = len(self.notes.history)
-            why = self.examples.suspects(step)
-            if name := spoilt(self.model.named_parameters()):
-                why = f"{name} of the model holds something other than finite numbers"
-            if self.precision.is_scaled:
-                why += ". Or a number was over 65,504: try precision='float32'"
-            raise NotFinite(f"step {step + 1} not taken: {error}. {why}") from error
-
     def read(self):
         """Bring losses and gates of all steps so far into the history."""
-        with self._named():
+        with _named(self):
             self.notes.read()
 
     def numbers(self, report_every):
