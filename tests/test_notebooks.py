@@ -268,3 +268,20 @@ def test_a_planted_fault_of_form_is_found(fault):
     FORM_FAULTS[fault](notebook)
     found = complaints_about_exercises(notebook)
     assert any(complaint.startswith(fault) for complaint in found)
+def test_a_cell_may_go_to_a_second_module(tmp_path):
+    sys.path.insert(0, str(ROOT / "tools"))
+    import sync
+
+    sources = [
+        "#| default_exp one",
+        "#| export\na = 1",
+        "#| export two\nb = 2",
+        "c = 3",
+    ]
+    notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
+    modules = sync.export(tmp_path / "x.ipynb", notebook)
+    assert {name: names for name, (_, names) in modules.items()} == {
+        "one": ["a"],
+        "two": ["b"],
+    }
+    assert modules["two"][0].endswith("\nb = 2\n") and "a = 1" not in modules["two"][0]

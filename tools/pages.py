@@ -17,7 +17,7 @@ COVER = {
 }
 SCORES = re.compile(
     r"^(trained studios|Twemoji|OpenMoji|held-out pairs) +"
-    r"true ([\d.]+) +shuffled ([\d.]+)",
+    r"(?:true )?(\d\.\d\d) +(?:shuffled )?(\d\.\d\d)\b",
     re.M,
 )
 BUILDS = re.compile(r"You build:\s+(.*?)\s+·", re.S)
@@ -224,7 +224,8 @@ def stamp_scores(page, notebook):
     outputs = (o for c in notebook.cells for o in c.get("outputs", ()))
     found = {}
     for output in outputs:
-        for name, true, other in SCORES.findall(output.get("text", "")):
+        text = output.get("text") or output.get("data", {}).get("text/plain", "")
+        for name, true, other in SCORES.findall(text):
             found.setdefault(name, f"{true} and {other}")
     says = "; ".join(f"{name} {pair}" for name, pair in found.items())
     says = f"Its loss beside the true and beside another picture: {says}." * bool(found)

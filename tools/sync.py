@@ -9,7 +9,8 @@ Each notebook's setup cell, Colab link and reading time, and the pages of
 `tools/pages.py`.
 
 A cell that starts with `#| default_exp NAME` names the module, and the cells that start
-with `#| export` make it up (nbdev's directives). The repository's address comes from
+with `#| export` make it up; those with `#| export OTHER` make up a second one (nbdev's
+directives). The repository's address comes from
 _config.yml, the only place that knows it; the version, and what the package needs, from
 pyproject.toml.
 """
@@ -115,8 +116,8 @@ def public_names(tree):
 
 
 def export(path, notebook):
-    """A notebook's (module name, source, public names); None if it exports nothing."""
-    module, parts, names = None, [], []
+    """What a notebook writes: {module name: (source, public names)}."""
+    module, parts, names = None, {}, {}
     for number, cell in enumerate(notebook.cells):
         match = DIRECTIVE.match(cell.source) if cell.cell_type == "code" else None
         if match is None:
@@ -125,18 +126,20 @@ def export(path, notebook):
             module = match[2]
             continue
         code = DIRECTIVE.sub("", cell.source).strip()
+        into = match[2] or module
+        if into is None:
+            sys.exit(f"{path.name}: `#| export` without `#| default_exp NAME`")
         try:
-            names += public_names(ast.parse(code))
+            names.setdefault(into, []).extend(public_names(ast.parse(code)))
         except SyntaxError as error:
             sys.exit(f"{path.name}, cell {number}: {error.msg} (line {error.lineno})")
-        parts.append(code)
-    if not parts:
-        return None
-    if module is None:
-        sys.exit(f"{path.name}: `#| export` without `#| default_exp NAME`")
+        parts.setdefault(into, []).append(code)
     head = f"# Written by tools/sync.py from book/{path.name}.\n"
     head += "# Edit the notebook, not this file.\n"
-    return module, head + "\n\n\n".join(parts) + "\n", names
+    return {
+        into: (head + "\n\n\n".join(cells) + "\n", names[into])
+        for into, cells in parts.items()
+    }
 
 
 def set_repository(config, name):
@@ -181,9 +184,7 @@ def main():
             found[0].source, title.source = setup, new_title
             wanted[path] = nbformat.writes(notebook) + "\n"
         notebooks[path.name] = notebook
-        exported = export(path, notebook)
-        if exported:
-            module, source, names = exported
+        for module, (source, names) in export(path, notebook).items():
             modules.append((module, path.name, title_of(notebook)))
             wanted[ROOT / "flamingo_lite" / f"{module}.py"] = source
             if twice := sorted(home.keys() & set(names)):

@@ -55,7 +55,7 @@ def badges(app, doctree):
         badge = nodes.paragraph("", classes=["export-badge"])
         badge += [
             nodes.Text("exported to "),
-            nodes.literal("", f"flamingo_lite/{module}.py"),
+            nodes.literal("", f"flamingo_lite/{match[2] or module}.py"),
         ]
         cell.insert(0, badge)
 

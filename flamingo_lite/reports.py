@@ -1,0 +1,145 @@
+# Written by tools/sync.py from book/09_training.ipynb.
+# Edit the notebook, not this file.
+"""Reports: how a training goes, and what a model's captions are worth."""
+
+import sys
+
+import numpy as np
+import torch
+
+from flamingo_lite.batches import check_examples, make_batch
+from flamingo_lite.loss import IGNORE, shifted_cross_entropy
+from flamingo_lite.steps import read_batch
+from flamingo_lite.together import Together
+
+
+def memory_in_use(device):
+    """The most bytes in use so far: of a GPU, or of this process; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024)
+
+
+class _NextPicture:
+    """Features in which each picture is the next one: each text gets another's."""
+
+    def __init__(self, features):
+        self.features, self.shape = features, tuple(features.shape)
+
+    def __len__(self):
+        return len(self.features)
+
+    def __getitem__(self, numbers):
+        return self.features[[(number + 1) % len(self) for number in numbers]]
+
+
+def validation_losses(model, tokenizer, validation, precision, together=None):
+    """Losses of texts beside their own pictures, and beside others'.
+
+    Args:
+        model, tokenizer: a Flamingo and its tokenizer.
+        validation: (features, texts), or (features, texts, sequences).
+        precision: a `Precision`.
+        together: a `Together`, if other processes look, too.
+
+    Returns:
+        dict, "true" and "shuffled", per labelled token. The model is in train mode.
+    """
+    features, texts, *sequences = validation
+    beside = {"true": features, "shuffled": _NextPicture(features)}
+    device, losses = precision.device, {}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model.eval()
+        for name, mine in beside.items():
+            data = tokenizer, mine, texts, 64, *sequences
+            with precision.autocast():
+                some = _summed_losses(model, *data, together=together)
+            total, count = (part.sum().item() for part in some)
+            losses[name] = total / count
+        model.train()
+    return losses
+
+
+def progress_line(numbers, n_steps):
+    """One line about a run, from the numbers that `log` gets."""
+    looks = [f"{n} {numbers[n]:.3f}  " for n in ("true", "shuffled") if n in numbers]
+    skipped = f"  {numbers['skipped']} steps left out" * bool(numbers["skipped"])
+    return (
+        f"step {numbers['step']:5d} of {n_steps}  loss {numbers['loss']:.3f}  "
+        f"{''.join(looks)}{numbers['pictures_per_second']:.0f} pictures/s  "
+        f"{numbers['seconds_left']:.0f} s left{skipped}"
+    )
+
+
+def is_report(done, n_steps, report_every):
+    """Is there a report after this step? After 1 and 10 too, if that is early."""
+    early = done in (1, 10) and 10 * done <= report_every
+    return early or is_checkpoint(done, n_steps, report_every)
+
+
+def is_checkpoint(done, n_steps, report_every):
+    """After this step, is a checkpoint written?"""
+    return done == n_steps or (report_every > 0 and done % report_every == 0)
+
+
+@torch.no_grad()
+def _summed_losses(
+    model, tokenizer, features, texts, batch_size, sequences=None, together=None
+):
+    """The loss of each sequence and its labelled tokens, (sequences,) each."""
+    together = together or Together(None, model)
+    sums, counts, device = [], [], together.device
+    for start in range(0, len(texts), batch_size):
+        rows = range(start, min(start + batch_size, len(texts)))
+        batch = make_batch(rows, features, texts, tokenizer, device, sequences)
+        labels = batch.pop("labels")  # (B, T_txt)
+        logits = together.read(read_batch, batch).logits  # (B, T_txt, vocab)
+        per_token = shifted_cross_entropy(logits, labels, reduction="none")
+        sums.append(per_token.sum(dim=1).cpu())
+        counts.append((labels[:, 1:] != IGNORE).sum(dim=1))
+    return torch.cat(sums), torch.cat(counts)
+
+
+def caption_losses(model, tokenizer, features, texts, batch_size=100, sequences=None):
+    """Mean loss per labelled token of each sequence, (sequences,).
+
+    Args: as for `train`; of several texts for a picture the first is taken.
+    """
+    texts, sequences = check_examples(features, texts, sequences)
+    data = features, texts, batch_size, sequences
+    sums, counts = _summed_losses(model, tokenizer, *data)
+    return sums / counts
+
+
+def score_captions(captions, scenes):
+    """Compare captions with the truth.
+
+    Args:
+        captions: list of strings.
+        scenes: as many dicts with "text" and "things".
+
+    Returns:
+        dict of two lists of numbers, one for each scene: "exact", 0 or 1, and "things",
+        the share of its things that the caption names.
+    """
+    exact, named = [], []
+    for text, scene in zip(captions, scenes, strict=True):
+        words = f" {text} "
+        exact.append(float(text == scene["text"]))
+        found = [f" {thing} " in words for thing in scene["things"]]
+        named.append(sum(found) / len(found))
+    return {"exact": exact, "things": named}
+
+
+def bootstrap_interval(values, n_samples=2000, seed=0):
+    """Mean and 95 % bootstrap interval of some numbers: (mean, low, high)."""
+    values = np.asarray(values, dtype=float)
+    rng = np.random.default_rng(seed)  # draws: (n_samples, values)
+    draws = rng.integers(0, len(values), (n_samples, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
