@@ -1,7 +1,9 @@
 """The drawings that several chapters share. Not part of the package."""
 
 import base64
+import html
 import io
+import re
 
 import matplotlib.pyplot as plt
 from IPython.display import HTML, display
@@ -179,3 +181,61 @@ def show_film(frames, alt, seconds=0.5):
     style = "width:160px;image-rendering:pixelated;border:1px solid #adb5bd"
     image = f'<img alt="{alt}" style="{style}" src="data:image/gif;base64,{data}">'
     display(HTML(image))
+
+
+class table:
+    """Rows as a table of the page; where there is no page, as lined-up text.
+
+    The last line of a cell: `table([("lemon", 12), ("cow", 7)], ("thing", "right"))`.
+    A number stands at the right of its column. How many digits it has is yours to say:
+    `f"{loss:.2f}"`.
+
+    Args:
+        rows: sequences of strings or numbers, one for each row, all of one length.
+        header: a string for each column.
+
+    Raises:
+        ValueError: a row has more or fewer cells than the header.
+    """
+
+    def __init__(self, rows, header):
+        self.header = [str(cell) for cell in header]
+        self.rows = [[str(cell) for cell in row] for row in rows]
+        for number, row in enumerate(self.rows):
+            if len(row) != len(self.header):
+                raise ValueError(
+                    f"row {number} has {len(row)} cells, the header {len(self.header)}"
+                )
+        columns = zip(*self.rows, strict=True)
+        self.is_number = [all(map(is_number, column)) for column in columns]
+        self.is_number = self.is_number or [False] * len(self.header)
+
+    def __repr__(self):
+        lines = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rule = ["-" * width for width in widths]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(line, widths, self.is_number, strict=True)
+            ).rstrip()
+            for line in (self.header, rule, *self.rows)
+        )
+
+    def _repr_html_(self):
+        def line(cells, tag):
+            style = [' style="text-align: right"' * right for right in self.is_number]
+            return "".join(
+                f"<{tag}{side}>{html.escape(cell)}</{tag}>"
+                for side, cell in zip(style, cells, strict=True)
+            )
+
+        head = line(self.header, "th")
+        body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in self.rows)
+        head = f"<thead>\n<tr>{head}</tr>\n</thead>"
+        return f'<table class="table">\n{head}\n<tbody>\n{body}\n</tbody>\n</table>'
+
+
+def is_number(text):
+    """True if a table's cell holds a number: 0.21, 1,200, 87 %, ×3, −5; or a dash."""
+    return re.fullmatch(r"[-−–+×≈<~]?\s?[\d.,]*\s?(%|[x×])?", text.strip()) is not None
