@@ -121,32 +121,6 @@ def count_tokens(texts, tokenizer):
     return nest(texts)
 
 
-def check_examples(features, texts, sequences=None):
-    """Check how pictures, texts and sequences fit: (texts, sequences), plain lists.
-
-    Args: as for `train`.
-
-    Raises:
-        ValueError: they do not; which one is said.
-    """
-    _check_features(features)
-    if isinstance(texts, str):
-        raise ValueError(f"want a list of texts, got one text, {texts[:40]!r}")
-    texts, n, what = [_plain(text) for text in texts], len(features), "pictures"
-    if sequences is not None:
-        sequences = [_numbers(s, n, f"sequence {i}") for i, s in enumerate(sequences)]
-        n, what = len(sequences), "sequences"
-    if n != len(texts):
-        raise ValueError(f"{n} {what}, but {len(texts)} texts")
-    if not n or (sequences is not None and not all(sequences)):
-        raise ValueError(f"there are no {what}, or one of them has no picture")
-    for i, pictures in enumerate(sequences or []):
-        if isinstance(texts[i], (str, list, tuple)) and len(pictures) != len(texts[i]):
-            counts = f"{len(pictures)} pictures, but {len(texts[i])} texts"
-            raise ValueError(f"sequence {i}: {counts}")
-    return texts, sequences
-
-
 def _check_features(features):
     """Raise ValueError for what is no tensor of pictures, and does not act as one."""
     shape = tuple(getattr(features, "shape", ()))
@@ -180,6 +154,32 @@ def _numbers(sequence, n, where):
         if number != wanted or not 0 <= number < n:
             raise ValueError(f"{where}: there is no picture {wanted} among {n}")
     return numbers
+
+
+def check_examples(features, texts, sequences=None):
+    """Check how pictures, texts and sequences fit: (texts, sequences), plain lists.
+
+    Args: as for `train`.
+
+    Raises:
+        ValueError: they do not; which one is said.
+    """
+    _check_features(features)
+    if isinstance(texts, str):
+        raise ValueError(f"want a list of texts, got one text, {texts[:40]!r}")
+    texts, n, what = [_plain(text) for text in texts], len(features), "pictures"
+    if sequences is not None:
+        sequences = [_numbers(s, n, f"sequence {i}") for i, s in enumerate(sequences)]
+        n, what = len(sequences), "sequences"
+    if n != len(texts):
+        raise ValueError(f"{n} {what}, but {len(texts)} texts")
+    if not n or (sequences is not None and not all(sequences)):
+        raise ValueError(f"there are no {what}, or one of them has no picture")
+    for i, pictures in enumerate(sequences or []):
+        if isinstance(texts[i], (str, list, tuple)) and len(pictures) != len(texts[i]):
+            counts = f"{len(pictures)} pictures, but {len(texts[i])} texts"
+            raise ValueError(f"sequence {i}: {counts}")
+    return texts, sequences
 
 
 class Examples:

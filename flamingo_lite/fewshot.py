@@ -32,7 +32,7 @@ def group_scenes(scenes):
 
 
 def task_episode(rng, scenes, question, n_shots):
-    """A prompt in which the demonstrations alone say what is asked.
+    """A prompt in which the demonstrations alone say what the question is.
 
     Args:
         rng: numpy Generator.
@@ -42,7 +42,7 @@ def task_episode(rng, scenes, question, n_shots):
         n_shots: how many demonstrations.
 
     Returns:
-        an episode; the answer is the query's "thing", "number" or "kind".
+        an episode; the answer is the last scene's "thing", "number" or "kind".
 
     Raises:
         ValueError: an unknown question, too few scenes, or they cannot answer it.
@@ -61,18 +61,19 @@ def task_episode(rng, scenes, question, n_shots):
 def naming_episode(rng, groups, n_ways, n_shots, query_studios=()):
     """A prompt that names some things with made-up words, then shows one of them again.
 
-    The picture asked about is by a studio that drew none of the demonstrations.
+    The picture of the question is by a studio that drew no demonstration.
 
     Args:
         rng: numpy Generator.
         groups: from `group_scenes`.
         n_ways: how many things.
         n_shots: demonstrations for each; they come in rounds, each in another order.
-        query_studios: who may have drawn the picture asked about, and then draws no
-            demonstration; empty, anyone.
+        query_studios: who may have drawn the picture of the question, and then draws
+            no demonstration; empty, anyone.
 
     Returns:
-        an episode, with "words", {thing: its made-up name}, and "thing", the one asked.
+        an episode, with "words", {thing: its made-up name}, and "thing", which the
+        question shows.
 
     Raises:
         ValueError: too few things are drawn by the studios that are needed, or numbers
@@ -96,16 +97,16 @@ def naming_episode(rng, groups, n_ways, n_shots, query_studios=()):
         name = made_up(rng)
         if name not in groups and with_article(name) not in words.values():
             words[things[len(words)]] = with_article(name)
-    asked = things[int(rng.integers(n_ways))]
-    last = str(rng.choice(sorted(apart & set(groups[asked]) or groups[asked])))
+    final = things[int(rng.integers(n_ways))]
+    last = str(rng.choice(sorted(apart & set(groups[final]) or groups[final])))
     shown = [thing for _ in range(n_shots) for thing in rng.permutation(things)]
     numbers = []
     for thing in shown:
         studio = rng.choice(sorted(set(groups[thing]) - apart - {last}))
         numbers.append(int(rng.choice(groups[thing][studio])))
-    numbers.append(int(rng.choice(groups[asked][last])))
-    texts = [words[thing] for thing in [*shown, asked]]
-    about = {"words": words, "thing": asked}
+    numbers.append(int(rng.choice(groups[final][last])))
+    texts = [words[thing] for thing in [*shown, final]]
+    about = {"words": words, "thing": final}
     return {"numbers": numbers, "texts": texts, "answer": texts[-1], **about}
 
 
@@ -124,7 +125,7 @@ def to_learn(episode):
 
 
 def spoil(rng, episode, how, groups=None):
-    """The same prompt with demonstrations that help less; what is asked stays.
+    """The same prompt with demonstrations that help less; the question stays.
 
     Args:
         rng: numpy Generator.
@@ -139,7 +140,7 @@ def spoil(rng, episode, how, groups=None):
     Raises:
         ValueError: an unknown way, or too few other pictures in `groups`.
     """
-    *shown, asked = episode["numbers"]
+    *shown, question = episode["numbers"]
     *texts, answer = episode["texts"]
     if how == "no pictures":
         shown = [-1] * len(shown)
@@ -156,7 +157,7 @@ def spoil(rng, episode, how, groups=None):
         texts = [after[text] for text in texts]
     else:
         raise ValueError(f"no way {how!r} to spoil a prompt")
-    return {**episode, "numbers": [*shown, asked], "texts": [*texts, answer]}
+    return {**episode, "numbers": [*shown, question], "texts": [*texts, answer]}
 
 
 def make_episodes(
@@ -179,8 +180,8 @@ def make_episodes(
         n_shots: demonstrations; for naming, of each thing.
         n_ways: new words in a prompt; None, prompts for a task.
         question: one of QUESTIONS, for a task.
-        how: see `spoil`; None, demonstrations as they should be. The prompts and what
-            they ask are the same for every `how`.
+        how: see `spoil`; None, demonstrations as they should be. The questions are
+            the same for every `how`.
         longest: draw prompts of so many shots, and show the first `n_shots` of each:
             the same questions for every number of shots, after more or fewer
             demonstrations. None, draw them anew for each.
@@ -265,8 +266,8 @@ def in_words(episode, scenes):
     numbers = episode["numbers"]
     if not all(0 <= number < len(scenes) for number in numbers):
         raise ValueError(f"pictures {numbers} of {len(scenes)}: one has no name")
-    asked = [scenes[number] for number in numbers]
-    names = [s["thing"] if "thing" in s else s["things"][0] for s in asked]
+    shown = [scenes[number] for number in numbers]
+    names = [s["thing"] if "thing" in s else s["things"][0] for s in shown]
     turns = zip(names, episode["texts"][:-1], strict=False)
     told = "".join(f"{name}: this is {text}. " for name, text in turns)
     return f"{told}{names[-1]}: this is"

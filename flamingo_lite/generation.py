@@ -261,8 +261,8 @@ def caption(
             _row(row, model.vis_dim, f"row {number}")
             for number, row in enumerate(rows[first : first + batch_size], first)
         ]
-        asked = prompts[first : first + batch_size]
-        lang_x, mask = _prompts(model, tokenizer, some, asked, *lengths, first)
+        own = prompts[first : first + batch_size]
+        lang_x, mask = _prompts(model, tokenizer, some, own, *lengths, first)
         pictures = _pictures(model, image_processor, some)
         if may_follow is not None:  # it counts the rows of all batches
             before = first * copies
