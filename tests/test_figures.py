@@ -162,7 +162,7 @@ def test_what_is_read_behind_the_mask(inside, fill, only):
     found = inside("read_masked", may_look.tolist(), values.tolist(), fill)
     nan = {"equal_nan": True, "atol": 1e-5, "rtol": 1e-6}
     for key, want in (("weights", weights), ("read", weights @ values)):
-        got = torch.tensor([row[key] for row in found])
+        got = torch.tensor([row[key] for row in found], dtype=torch.float32)
         torch.testing.assert_close(got, want, **nan)
     assert math.isnan(found[0]["read"]) == (fill == "-inf")
 
