@@ -60,7 +60,7 @@ def take(browser, name, path, mode="light", width=820):
         page.locator(".live-figure").screenshot(path=path)
         page.close()
     with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        small = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
 
 

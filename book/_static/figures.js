@@ -221,7 +221,7 @@
 
   register("labels", (root) => {
     const START_TEXT = `this is${IMAGE}a red apple${EOC}this${IMAGE}a lemon${EOC}\n${IMAGE}a hot air balloon${EOC}`;
-    const prompt = make("textarea", { rows: 4, value: START_TEXT, spellcheck: false, oninput: draw });
+    const prompt = make("textarea", { rows: 3, value: START_TEXT, spellcheck: false, oninput: draw });
     const side = choice("Padding on the", { right: "right", left: "left" }, draw);
     const which = choice("Labels", { made: "make_labels", ids: "the tokens themselves" }, draw);
     const shift = choice("Marked against", { one: "the next label", none: "the token's own label (no shift)" }, draw);
@@ -578,6 +578,7 @@
       rows.push(line(`memory of the ${gpu.value}`, GB(card.memory), bar(card.memory / top, "live-card-has")));
       rows.forEach((row) => row.children[1].classList.add("live-number"));
       memory.replaceChildren(table(`Memory, ${settings.precision}, ${settings.T_txt} tokens a sequence`, rows));
+      memory.firstChild.className = "live-memory";
 
       const counts = count_parameters(sizes), learning = counts.perceiver + counts["gated blocks"];
       const work = arithmetic(sizes, settings), n = read(pictures), onDisk = disk(sizes, { n_pictures: n, with_muon: settings.with_muon });
