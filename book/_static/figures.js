@@ -149,8 +149,9 @@
       const may_look = text_to_media_mask(locations, T_img, rule.chosen === "last");
       const read = read_masked(may_look, media_time(T_img).map((image) => 10 * image), fill.chosen);
       const head = make("tr", {}, ...["token", "text time"].map((words) => make("th", { scope: "col" }, words)));
-      media_time(T_img).forEach((image) => head.append(make("th", { scope: "col" }, `picture ${image}`, make("br"), `media time ${image}`)));
+      media_time(T_img).forEach((image) => head.append(make("th", { scope: "col" }, `picture ${image}`)));
       head.append(make("th", { scope: "col" }, "reads"));
+      const clock = make("tr", {}, make("th", { scope: "row", colSpan: 2 }, "media time"), ...media_time(T_img).map((image) => make("td", {}, String(image))), make("td"));
       const body = make("tbody"), times = text_time(locations);
       tokens.forEach((word, t) => {
         const blind = !may_look[t].some(Boolean), line = make("tr", {}, make("th", { scope: "row" }, token(word)), make("td", {}, String(times[t])));
@@ -163,7 +164,7 @@
         line.append(make("td", { className: wrong ? "live-wrong" : "" }, `${wrong ? "✗ " : ""}${say(read[t].read)}`));
         body.append(line);
       });
-      place.replaceChildren(make("table", {}, make("thead", {}, head), body));
+      place.replaceChildren(make("table", {}, make("thead", {}, head, ...(T_img ? [clock] : [])), body));
       const first = locations.indexOf(true), blind = tokens.slice(0, first < 0 ? tokens.length : first);
       const who = blind.length === 1 ? `${START} comes` : `${blind.map(short).join(", ")} come`;
       const cut = tokens.length < whole.length ? ` (Shown: the first ${MOST_TOKENS} tokens, at most ${MOST_IMAGES} pictures.)` : "";
@@ -553,7 +554,8 @@
     const said = status(), memory = make("div"), rest = make("div");
     root.append(
       make("div", { className: "live-row" }, labelled("CLIP", tower), labelled("Language model", model), labelled("a gated block every n layers, n =", every), labelled("GPU", gpu)),
-      make("div", { className: "live-row" }, labelled("Images per sequence", T_img), labelled("tokens for each", perPicture), labelled("Batch", B), labelled("Pictures", pictures), labelled("Epochs", epochs)),
+      make("div", { className: "live-row" }, labelled("Images per sequence", T_img), labelled("tokens for each", perPicture), labelled("Batch", B)),
+      make("div", { className: "live-row" }, labelled("Pictures", pictures), labelled("Epochs", epochs)),
       precision, optimizer, make("div", { className: "live-row" }, checkpointing, frozenHalf), said,
       make("div", { className: "live-two" }, memory, rest),
       make("p", { className: "live-quiet" }, "Memory is that of the fullest moment of a training step, by the formulas of this chapter. The times are what the arithmetic takes at the peak of the GPU's data sheet: no program reaches it, and yours will take longer."));
@@ -562,7 +564,7 @@
     const M = (n) => `${(n / 1e6).toLocaleString("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 })} M`;
     const time = (s) => (s < 1 ? `${(1000 * s).toFixed(0)} ms` : s < 120 ? `${s.toFixed(s < 10 ? 1 : 0)} s` : s < 7200 ? `${(s / 60).toFixed(1)} min` : `${(s / 3600).toFixed(1)} h`);
     const table = (title, rows) => make("table", {}, make("caption", {}, title), make("tbody", {}, ...rows));
-    const line = (name, ...cells) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((cell) => (cell instanceof Node ? make("td", { className: "live-barred" }, cell) : make("td", {}, cell))));
+    const line = (name, ...cells) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((cell) => (cell instanceof Node ? make("td", { className: cell.matches(".live-bar") ? "live-barred" : "" }, cell) : make("td", {}, cell))));
     const bar = (share, look = "") => make("div", { className: `live-bar ${look}`, ariaHidden: "true", style: `width: ${(100 * share).toFixed(2)}%` });
 
     function draw() {
