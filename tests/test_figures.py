@@ -19,7 +19,7 @@ from docutils import nodes
 from docutils.utils import new_document
 from figure_pages import IMAGES, MOVES, NAMES, SCRIPT, STATIC, small_page
 from open_clip.transformer import VisionTransformer
-from test_pages import CONTRAST, OVER
+from test_pages import CONTRAST, HTML, OVER, rendered  # noqa: F401
 from test_play import CHROMIUM, sync_playwright, watched
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
@@ -558,3 +558,14 @@ def test_on_paper_the_still_is_printed(opened):
 def test_the_script_asks_for_nothing():
     assert not re.search(r"\bfetch\(|XMLHttpRequest|https?:", SCRIPT)
     assert not re.search(r"url\(|@import", (STATIC / "figures.css").read_text())
+
+
+@pytest.mark.usefixtures("rendered")
+@pytest.mark.parametrize("name", NAMES)
+def test_in_the_rendered_book_the_figure_is_there(browser, name):
+    (path,) = (HTML / "book").glob(f"{CHAPTERS[name]}_*.html")
+    page, faults = watched(browser, path.as_uri(), width=390)
+    assert page.locator(".live-figure:visible").count() == 1
+    assert page.locator(".live > img").is_hidden()
+    assert page.evaluate(OVER) <= 0 and not faults
+    page.close()
