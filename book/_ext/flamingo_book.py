@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -274,6 +275,31 @@ def inline_map(app, doctree, docname):
             (image.parent if alone else image).replace_self(whole)
 
 
+def live_figures(app, doctree, docname):
+    """An image figure_NAME.png becomes the still inside a figure of figures.js."""
+    static, model = "../" * docname.count("/") + "_static", ""
+    with suppress(FileNotFoundError):
+        model = (BOOK / "_static" / "figures_model.js").read_text()
+    scripts = {}
+    for image in list(doctree.findall(nodes.image)):
+        name = re.search(r"images/figure_(\w+)\.png$", image["uri"])
+        if app.builder.format != "html" or not name:
+            continue
+        opened = f'<div class="live" data-figure="{name[1]}">'
+        whole = [nodes.raw("", opened, format="html"), image.deepcopy()]
+        whole.append(nodes.raw("", "</div>", format="html"))
+        alone = isinstance(image.parent, nodes.paragraph) and len(image.parent) == 1
+        (image.parent if alone else image).replace_self(whole)
+        scripts["figures.js"] = True
+        if f'register("{name[1]}"' in model:
+            scripts["figures_model.js"] = True
+    if scripts:
+        head = f'<link rel="stylesheet" href="{static}/figures.css">'
+        for script in scripts:
+            head += f'<script src="{static}/{script}" charset="utf-8"></script>'
+        doctree += nodes.raw("", head, format="html")
+
+
 def plain(line):
     """A line of plain text for docutils: `x` is code, | and * are only characters."""
     pieces = re.split(r"(``[^`]+``|`[^`]+`)", line)
@@ -460,6 +486,7 @@ def setup(app):
     app.connect("doctree-read", badges)
     app.connect("doctree-read", no_dead_links)
     app.connect("doctree-resolved", inline_map)
+    app.connect("doctree-resolved", live_figures)
     app.connect("doctree-resolved", link_terms)
     app.connect("autodoc-process-docstring", as_rst, priority=100)
     app.connect("html-page-context", one_thebe, priority=900)
