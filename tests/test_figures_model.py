@@ -7,6 +7,7 @@ import base64
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import test_play
@@ -16,13 +17,13 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT / "tools"))
 import export_play
+import lessons
 
-from flamingo_lite import caption, collate, score_candidates
+from flamingo_lite import build_flamingo, caption, collate, score_candidates
 from flamingo_lite.plots import attention_maps
 from flamingo_lite.training import caption_losses
 
-pytestmark = test_play.pytestmark
-browser, as_in_the_page = test_play.browser, test_play.as_in_the_page
+tiny, as_in_the_page = test_play.tiny, test_play.as_in_the_page
 STATIC = ROOT / "book" / "_static"
 CHAPTERS = {
     "training": "09_training",
@@ -43,6 +44,19 @@ RUNS = [
                               {"step": 90, "true": 0.5, "shuffled": 3.0}]},
     {"name": "two", "looks": [{"step": 200, "true": 0.75, "shuffled": 4.0}]},
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, or one line that says what is not tested."""
+    if not test_play.CHROMIUM or test_play.sync_playwright is None:
+        pytest.skip("no Chromium or no playwright: the figures are not tested")
+    with test_play.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=test_play.CHROMIUM, args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +190,29 @@ def test_the_losses_are_those_that_the_chapter_printed(tmp_path):
     assert export_play.curves(notebook, looks)[1]["looks"] == RUNS[0]["looks"]
     notebook.write_text(json.dumps({"cells": []}))
     assert len(export_play.curves(notebook, looks)) == 1
+
+
+def test_a_training_of_lessons_notes_its_looks(tmp_path, monkeypatch, capsys):
+    """Beside its checkpoints; what a killed training noted twice counts once."""
+    built = build_flamingo("tiny")
+    features, texts = lessons.probe(*built[:2], n=8)
+    monkeypatch.setattr(lessons, "make_lessons", lambda *_: (features, texts, None))
+    monkeypatch.setattr(lessons, "probe", lambda *_: (features, texts))
+    args = {"steps": 2, "batch_size": 4, "lr": 1e-3, "seed": 0, "hands": False}
+    looks = tmp_path / "looks.jsonl"
+    looks.write_text('{"step": 7, "true": 1.0, "shuffled": 1.0}\n')  # of another
+    lessons.teach(built, {}, 0, 1, SimpleNamespace(**args, checkpoints=tmp_path))
+    found = lessons.read_looks(looks)
+    assert [look["step"] for look in found] == [1, 2]
+    printed = capsys.readouterr().out
+    for look in found:
+        assert f"true {look['true']:.3f}  shuffled {look['shuffled']:.3f}" in printed
+    with looks.open("a") as file:
+        file.write('{"step": 1, "true": 5.0, "shuffled": 6.0}\n')
+    again = lessons.read_looks(looks)
+    assert [look["step"] for look in again] == [1, 2]
+    assert again[0]["true"] == 5.0
+    assert lessons.read_looks(tmp_path / "nothing.jsonl") == []
 
 
 def test_the_book_has_a_curve():
