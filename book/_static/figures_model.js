@@ -332,7 +332,7 @@
       clearTimeout(pause);
       work(() => flamingoLite.caption([pairs[chosen].image]), (written) => { text.value = written; ask(); });
     });
-    const canvas = make("canvas", { ariaHidden: "true" }), large = make("div", { className: "live-large" });
+    const canvas = make("canvas", { ariaHidden: "true" }), large = make("div", { className: "live-large live-mapped" });
     const line = make("div", { className: "live-words", role: "group", ariaLabel: "Words of the caption" }), told = make("p", { ariaLive: "polite" });
     element.append(
       make("div", { className: "live-pictures", role: "group", ariaLabel: "Pictures" }, ...pictures),
@@ -340,7 +340,7 @@
         make("p", {}, "Point at a word, or go to it with Tab:"), line,
         make("p", { className: "live-row" }, make("label", { htmlFor: "live-block" }, "Layer"), block, make("label", { htmlFor: "live-head" }, "Head"), head),
         told,
-        make("p", {}, make("label", { htmlFor: "live-text" }, "Another caption for this picture:"), text), own, said)),
+        make("p", {}, make("label", { htmlFor: "live-text" }, "Another caption for this picture:"), text), make("p", {}, own), said)),
     );
 
     function ask() {
