@@ -124,7 +124,7 @@ def inline_map(app, doctree, docname):
 
 
 def live_figures(app, doctree, docname):
-    """An image figure_NAME.png stands inside the figure that figures.js mounts there."""
+    """An image figure_NAME.png becomes the still inside a figure of figures.js."""
     static, model = "../" * docname.count("/") + "_static", ""
     with suppress(FileNotFoundError):
         model = (BOOK / "_static" / "figures_model.js").read_text()
