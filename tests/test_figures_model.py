@@ -238,18 +238,18 @@ def test_another_picture_above_a_caption(browser, address, as_in_the_page, width
 
     def compare():
         found = shown(page)
-        (other,) = pictures(page, ".live-large img")
+        (other,) = pictures(page, ".model-large img")
         title = found["caption"]
-        (own,) = pictures(page, f'.live-pictures button[title="{title}"] img')
+        (own,) = pictures(page, f'.model-pictures button[title="{title}"] img')
         for mine, picture in (("own", own), ("other", other)):
             want = loss_in_python(as_in_the_page, picture, found["caption"])
             assert found[mine] == pytest.approx(want, abs=1e-2), (mine, found)
-        assert f"{found['other']:.2f}" in page.inner_text(".live-answer")
+        assert f"{found['other']:.2f}" in page.inner_text(".model-answer")
         return found
 
     first = compare()
     assert first["other"] > first["own"] + 0.3  # the model looks
-    page.click(".live-pictures button >> nth=5")
+    page.click(".model-pictures button >> nth=5")
     second = compare()
     assert second["picture"] != first["picture"]
     assert second["own"] == first["own"]
@@ -273,11 +273,11 @@ def test_a_prompt_to_build(browser, address, as_in_the_page, width):
 
     def compare():
         found = shown(page)
-        given = pictures(page, ".live-card img")
+        given = pictures(page, ".model-card img")
         assert found["prompt"].count("<image>") == len(given)
         (want,) = caption(*as_in_the_page, [given], [found["prompt"]], max_new_tokens=8)
         assert found["written"] == want
-        assert page.inner_text(".live-answer") == f"It writes: {want}"
+        assert page.inner_text(".model-answer") == f"It writes: {want}"
         scores = score_candidates(
             *as_in_the_page, given, found["prompt"], found["candidates"]
         )
@@ -292,12 +292,12 @@ def test_a_prompt_to_build(browser, address, as_in_the_page, width):
     assert compare()["prompt"].startswith("<image>a dab<|endofchunk|><image>a guf")
     page.click("text=As it was")
     assert compare() == first
-    page.click(".live-place >> nth=0")
-    page.click(".live-all button >> nth=4")
+    page.click(".model-place >> nth=0")
+    page.click(".model-all button >> nth=4")
     swapped = compare()
     assert swapped["pictures"][0] != first["pictures"][0]
     assert swapped["pictures"][1:] == first["pictures"][1:]
-    page.locator(".live-card input").first.focus()
+    page.locator(".model-card input").first.focus()
     page.keyboard.press("Control+A")
     page.keyboard.type("a wug")
     assert compare()["prompt"].startswith("<image>a wug<|endofchunk|>")
@@ -321,7 +321,7 @@ def test_where_a_word_looks(browser, address, as_in_the_page, width):
 
     def compare(layer=None, head=None):
         found = shown(page)
-        (picture,) = pictures(page, ".live-large img")
+        (picture,) = pictures(page, ".model-large img")
         with torch.no_grad():
             features = model.vision_encoder(image_processor(picture)[None])[1]
         batch = collate([(features[:, None], [found["caption"]])], tokenizer)
@@ -335,7 +335,7 @@ def test_where_a_word_looks(browser, address, as_in_the_page, width):
         want = maps.mean(dim=(0, 1))  # (v,)
         torch.testing.assert_close(torch.tensor(found["map"]), want, atol=1e-3, rtol=0)
         painted = page.evaluate(
-            """() => { const canvas = document.querySelector(".live-large canvas");
+            """() => { const canvas = document.querySelector(".model-large canvas");
             const side = canvas.width, ink = canvas.getContext("2d");
             return [...ink.getImageData(0, 0, side, side).data]; }"""
         )
@@ -344,10 +344,10 @@ def test_where_a_word_looks(browser, address, as_in_the_page, width):
         return found
 
     first = compare()
-    page.hover(".live-words button >> nth=0")
+    page.hover(".model-words button >> nth=0")
     second = compare()
     assert second["number"] == 0
-    page.locator(".live-words button").nth(0).focus()
+    page.locator(".model-words button").nth(0).focus()
     page.keyboard.press("Tab")
     third = compare()
     assert third["number"] == 1
@@ -358,10 +358,10 @@ def test_where_a_word_looks(browser, address, as_in_the_page, width):
     page.locator("#live-head").focus()
     page.keyboard.press("ArrowDown")
     assert compare(layer=3, head=1)["map"] != one["map"]
-    page.click(".live-pictures button >> nth=4")
+    page.click(".model-pictures button >> nth=4")
     assert compare(layer=3, head=1)["picture"] != first["picture"]
     page.fill("#live-text", "a dax below a saxophone")
-    page.wait_for_selector(".live-words button:text('saxophone')")
+    page.wait_for_selector(".model-words button:text('saxophone')")
     compare(layer=3, head=1)
     page.click("text=What the model writes")
     page.wait_for_function(
@@ -381,7 +381,7 @@ def test_with_the_keyboard_alone(browser, address, name):
     page.wait_for_selector(DONE, timeout=120_000)
     assert page.evaluate("document.activeElement.closest('.live-figure') !== null")
     before = shown(page)
-    tab_to(page, ".live-pictures button:nth-child(3)")
+    tab_to(page, ".model-pictures button:nth-child(3)")
     page.keyboard.press("Space")
     page.wait_for_selector(DONE, timeout=60_000)
     assert shown(page) != before

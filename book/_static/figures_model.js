@@ -68,11 +68,11 @@
     const body = make("tbody", {}, ...rows.map((cells) => row(cells, "td")));
     return make("div", { className: "live-slide" }, make("table", {}, make("thead", {}, row(head, "th")), body));
   }
-  const named = (text) => make("td", { className: "live-name live-token" }, text.replace(/ /g, "\u00a0"));
+  const named = (text) => make("td", { className: "model-name live-token" }, text.replace(/ /g, "\u00a0"));
   function bar(share, kind = "") {
     const inside = make("span", { className: kind, ariaHidden: "true" });
     inside.style.width = `${Math.max(0, Math.min(1, share)) * 100}%`;
-    return make("td", { className: "live-bar" }, inside);
+    return make("td", { className: "model-bar" }, inside);
   }
 
   // ---- Chapter 9: what the training saw ------------------------------------------------
@@ -149,13 +149,13 @@
     const which = make("select", { id: "live-caption", onchange: () => { own = Number(which.value); other = (own + 1) % probe.length; ask(); } });
     probe.forEach((scene, number) => which.append(make("option", { value: number }, scene.text)));
     const pictures = probe.map((scene, number) => button(picture(scene, 52), () => { other = number; ask(); }, { ariaLabel: `the picture of ${scene.text}`, title: scene.text }));
-    const large = make("div", { className: "live-large" }), found = make("div", { ariaLive: "polite" });
+    const large = make("div", { className: "model-large" }), found = make("div", { ariaLive: "polite" });
     const its = button("Its own picture", () => { other = own; ask(); }), next = button("The next one's", () => { other = (own + 1) % probe.length; ask(); });
     element.append(
       make("p", { className: "live-row" }, make("label", { htmlFor: "live-caption" }, "Caption"), which, its, next),
       make("p", {}, "The picture to put above it:"),
-      make("div", { className: "live-pictures", role: "group", ariaLabel: "Pictures" }, ...pictures),
-      make("div", { className: "live-beside" }, large, found), said,
+      make("div", { className: "model-pictures", role: "group", ariaLabel: "Pictures" }, ...pictures),
+      make("div", { className: "model-beside" }, large, found), said,
     );
 
     function ask() {
@@ -168,10 +168,10 @@
         const most = Math.max(...beside_own.map((t) => t.loss), ...beside_other.map((t) => t.loss), 1);
         const rows = beside_own.map((token, i) => {
           const loss = beside_other[i].loss;
-          return [named(token.text), two(token.loss), two(loss), bar(loss / most, "live-other")];
+          return [named(token.text), two(token.loss), two(loss), bar(loss / most, "model-other")];
         });
         const words = `${two(mean(beside_own))} beside its own picture, ${two(mean(beside_other))} ${mine === shown ? "beside the same" : "beside this one"}`;
-        found.replaceChildren(make("p", { className: "live-answer" }, `Loss ${words}`), table(["token", "own", "this", "loss beside this one"], rows));
+        found.replaceChildren(make("p", { className: "model-answer" }, `Loss ${words}`), table(["token", "own", "this", "loss beside this one"], rows));
         shows(element, { caption: probe[mine].text, picture: probe[shown].text, own: mean(beside_own), other: mean(beside_other) });
       });
     }
@@ -181,7 +181,7 @@
 
   liveFigures.register("training", (element, still) => {
     const first = make("div", {}), second = make("div", {});
-    const title = (text) => make("p", { className: "live-title" }, text);
+    const title = (text) => make("p", { className: "model-title" }, text);
     element.append(title("While it trains"), first, title("The trained model: another picture above a caption"), second);
     script("flamingo_curves.js").then(() => {
       if (flamingoCurves.length) curves(first, flamingoCurves);
@@ -235,14 +235,14 @@
     }));
     const more = button("One more demonstration", () => { cards.splice(-1, 0, { one: drawings[cards.length], text: "a dax" }); begin(cards.length - 2); });
     const less = button("One less", () => { cards.splice(-2, 1); begin(); });
-    const places = make("div", { className: "live-cards", role: "group", ariaLabel: "The prompt" });
+    const places = make("div", { className: "model-cards", role: "group", ariaLabel: "The prompt" });
     const chooser = drawings.map((one) => button(picture(one, 44), () => put(one), { ariaLabel: one.name, title: one.name }));
-    const prompt = make("p", { className: "live-prompt" }), answer = make("p", { className: "live-answer", ariaLive: "polite" }), found = make("div", {});
+    const prompt = make("p", { className: "model-prompt" }), answer = make("p", { className: "model-answer", ariaLive: "polite" }), found = make("div", {});
     element.append(
       make("div", { className: "live-row" }, ...examples), places,
       make("div", { className: "live-row" }, more, less),
       make("p", {}, "A picture for the marked place:"),
-      make("div", { className: "live-pictures live-all", role: "group", ariaLabel: "Drawings" }, ...chooser),
+      make("div", { className: "model-pictures model-all", role: "group", ariaLabel: "Drawings" }, ...chooser),
       make("div", { className: "live-row", role: "group", ariaLabel: "Controls" }, make("strong", {}, "Controls: "), ...spoils),
       prompt, answer, said, found,
     );
@@ -262,9 +262,9 @@
       const focused = [...places.querySelectorAll("button, input")].indexOf(document.activeElement);
       places.replaceChildren(...cards.map((card, number) => {
         const isLast = number === cards.length - 1, name = isLast ? "Picture asked about" : `Picture ${number + 1}`;
-        const place = button(picture(card.one, 100), () => { chosen = number; show(); }, { className: "live-place", ariaLabel: `${name}: ${card.one.name}`, title: card.one.name, ariaPressed: String(number === chosen) });
+        const place = button(picture(card.one, 100), () => { chosen = number; show(); }, { className: "model-place", ariaLabel: `${name}: ${card.one.name}`, title: card.one.name, ariaPressed: String(number === chosen) });
         const word = make("input", { type: "text", value: card.text, ariaLabel: `Text ${number + 1}`, spellcheck: false, autocomplete: "off", oninput: () => type(number, word.value) });
-        return make("div", { className: "live-card" }, place, isLast ? make("p", {}, "what is this?") : word);
+        return make("div", { className: "model-card" }, place, isLast ? make("p", {}, "what is this?") : word);
       }));
       const same = places.querySelectorAll("button, input")[focused];
       if (focused >= 0 && same) same.focus();
@@ -332,11 +332,11 @@
       clearTimeout(pause);
       work(() => flamingoLite.caption([pairs[chosen].image]), (written) => { text.value = written; ask(); });
     });
-    const canvas = make("canvas", { ariaHidden: "true" }), large = make("div", { className: "live-large live-mapped" });
-    const line = make("div", { className: "live-words", role: "group", ariaLabel: "Words of the caption" }), told = make("p", { ariaLive: "polite" });
+    const canvas = make("canvas", { ariaHidden: "true" }), large = make("div", { className: "model-large model-mapped" });
+    const line = make("div", { className: "model-words", role: "group", ariaLabel: "Words of the caption" }), told = make("p", { ariaLive: "polite" });
     element.append(
-      make("div", { className: "live-pictures", role: "group", ariaLabel: "Pictures" }, ...pictures),
-      make("div", { className: "live-beside" }, large, make("div", {},
+      make("div", { className: "model-pictures", role: "group", ariaLabel: "Pictures" }, ...pictures),
+      make("div", { className: "model-beside" }, large, make("div", {},
         make("p", {}, "Point at a word, or go to it with Tab:"), line,
         make("p", { className: "live-row" }, make("label", { htmlFor: "live-block" }, "Layer"), block, make("label", { htmlFor: "live-head" }, "Head"), head),
         told,
