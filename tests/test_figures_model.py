@@ -353,7 +353,7 @@ def test_where_a_word_looks(browser, address, as_in_the_page, width):
     assert third["number"] == 1
     page.keyboard.press("Tab")
     assert compare()["map"] != third["map"]
-    page.select_option("#live-block", "2")
+    page.select_option("#live-block", label="3")
     one = compare(layer=3)
     page.locator("#live-head").focus()
     page.keyboard.press("ArrowDown")
