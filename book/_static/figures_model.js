@@ -374,7 +374,7 @@
       press([...line.children], word);
       flamingoLite.paint(canvas, map);
       const left = sum((x) => x < side / 2), upper = sum((_, y) => y < side / 2);
-      told.textContent = `“${words[word].text}”: ${percent(left)} of the weight lies in the left half of the picture, ${percent(upper)} in the upper half.`;
+      told.textContent = `“${words[word].text}”: ${percent(left)} of the weight lies in the left half of the picture, ${percent(upper)} in the upper half. The darkest patch has ${percent(Math.max(...map))}.`;
       shows(element, { picture: pairs[chosen].text, caption: text.value.trim(), word: words[word].text, number: word, map: [...map], left, upper });
     }
     pictures[1].click();
