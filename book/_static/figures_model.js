@@ -297,7 +297,7 @@
       }, ({ written, candidates, scores }) => {
         const order = candidates.map((_, i) => i).sort((a, b) => scores[b] - scores[a]);
         answer.textContent = `It writes: ${written || "nothing"}`;
-        found.replaceChildren(table(["answer", "log-probability", "probability", ""], order.map((i) => {
+        found.replaceChildren(table(["answer", "log-probability", "probability", "of all that it could write"], order.map((i) => {
           const text = candidates[i] + (texts.includes(candidates[i]) ? "" : " (not in the prompt)");
           return [named(text), two(scores[i]), percent(Math.exp(scores[i])), bar(Math.exp(scores[i]))];
         })));
