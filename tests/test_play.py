@@ -299,7 +299,7 @@ def test_maps_are_those_of_chapter_11(plain, scenes, as_in_the_page):
     js = """async ([pictures, prompt]) => { const maps = [];
     await flamingoLite.caption(pictures.map(picture), prompt, { max_new_tokens: 1,
       onToken: (token) => { if (!token.written)
-        maps.push(token.maps.map((m) => m.map((x) => [...x]))); } });
+        maps.push(token.maps.map((b) => b.map((h) => h.map((x) => [...x])))); } });
     return maps; }"""
     found = plain.evaluate(js, [[as_rgba(p) for p in pictures], prompt])
     pixels = torch.stack([image_processor(p) for p in pictures])[None, :, None]
@@ -307,7 +307,8 @@ def test_maps_are_those_of_chapter_11(plain, scenes, as_in_the_page):
         features = model.vision_encoder(pixels[0, :, 0])[1][None, :, None]
     lang_x = tokenizer(prompt, return_tensors="pt").input_ids
     maps = attention_maps(model, {"vision_features": features, "lang_x": lang_x})
-    want = torch.stack([layer[0].mean(dim=0) for layer in maps], dim=1)
+    want = torch.stack([layer[0] for layer in maps])  # (layers, h, T_txt, T_img, v)
+    want = want.permute(2, 0, 1, 3, 4)
     torch.testing.assert_close(torch.tensor(found), want, atol=1e-5, rtol=1e-4)
 
 

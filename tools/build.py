@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nbformat
-from export_play import write_weights
+from export_play import write_curves, write_weights
 from pages import title_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +128,8 @@ def main():
     shutil.move(page.parent, BUILD / "html")
     size, _ = write_weights(BUILD / "html" / "_static" / "flamingo_weights.js")
     print(f"the weights for its page play.html: {size / 1e6:.1f} MB")
+    curves = BUILD / "html" / "_static" / "flamingo_curves.js"
+    write_curves(curves, notebook=copy / "book" / "09_training.ipynb")
     seconds = time.perf_counter() - started
     page = (BUILD / "html" / "index.html").relative_to(ROOT)
     print(f"the book is at {page} ({seconds:.0f} s)")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the trained tiny Flamingo as one script, for the page that runs it.
+"""Write the trained tiny Flamingo as one script, for the pages that run it.
 
     python tools/export_play.py _build/html/_static/flamingo_weights.js
 
@@ -7,12 +7,17 @@ It reads data/tiny_clip, data/tiny_opt, data/tiny_flamingo and a few drawings;
 book/_static/flamingo.js reads the result. What was trained in eight bits stays as it
 is. Other matrices become whole numbers times a scale for each row, of as many bits, at
 most 12, as leave the file under 16 MB.
+
+Beside it goes flamingo_curves.js, the losses by step that chapter 9's figure shows:
+those that the chapter printed, and those of data/tiny_flamingo/looks.json.
 """
 
 import argparse
 import base64
+import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +35,12 @@ NAMED_STUDIOS = ("openmoji", "twemoji", "fluent")
 # Things that training never named, each by two hands: for made-up words.
 UNNAMED = ("camel", "saxophone", "scissors", "church", "cherries", "snowflake")
 UNNAMED_STUDIOS = ("noto", "openmoji")
+N_SCENES = 12  # of each sort, for the figures of chapters 9 and 11
+# What chapter 9 prints of its own run, while it trains and below the curves.
+LOOKS = (
+    re.compile(r"step +(\d+) of \d+ .*?true +([\d.]+) +shuffled +([\d.]+)"),
+    re.compile(r"^step +(\d+) +own +([\d.]+) +another +([\d.]+)", re.M),
+)
 
 
 def seven_bits(data, width=8):
@@ -221,12 +232,72 @@ def some_drawings():
     return [found[key] for key in chosen if key in found]
 
 
+def some_scenes():
+    """Pictures that chapters 9 and 11 compose: {"probe": [...], "pairs": [...]}.
+
+    "probe" are the first of those whose loss chapter 9 follows while it trains, "pairs"
+    the first of chapter 11's. Each is a dict with text, things, relation and src.
+    """
+    from flamingo_lite import load_captions, make_scenes
+
+    rows = [r for r in load_captions(EMOJI) if r["named"] and r["trained"]]
+    drawn = {
+        "probe": make_scenes(rows, N_SCENES, seed=6),
+        "pairs": make_scenes(rows, N_SCENES, seed=71, pairs=1.0, held_out=True),
+    }
+    return {
+        sort: [
+            {
+                **{name: scene[name] for name in ("text", "things", "relation")},
+                "src": as_address(scene["picture"]),
+            }
+            for scene in scenes
+        ]
+        for sort, scenes in drawn.items()
+    }
+
+
+def as_address(picture):
+    """A PIL picture as a data: address, every pixel of it."""
+    file = io.BytesIO()
+    picture.save(file, "webp", lossless=True)
+    code = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/webp;base64,{code}"
+
+
+def curves(notebook, looks):
+    """Losses by step: [{"name", "looks": [{"step", "true", "shuffled"}]}].
+
+    Args:
+        notebook: path of chapter 9, whose stored outputs hold its own run.
+        looks: path of the shipped model's numbers, see tools/train_tiny_flamingo.py.
+
+    Returns:
+        a dict for each run whose numbers are there; [] if there are none.
+    """
+    runs, found = [], {}
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    outputs = [o for cell in cells for o in cell.get("outputs", ())]
+    for pattern in LOOKS:  # the later one knows the start, too
+        for text in ("".join(o.get("text", "")) for o in outputs):
+            for step, true, other in pattern.findall(text):
+                found[int(step)] = {"true": float(true), "shuffled": float(other)}
+    if found:
+        printed = [{"step": step, **found[step]} for step in sorted(found)]
+        runs.append({"name": "this page's run", "looks": printed})
+    if Path(looks).is_file():
+        long = json.loads(Path(looks).read_text())
+        runs.append({"name": "the longer run", "looks": long})
+    return runs
+
+
 def javascript(model, image_processor, tokenizer, bits):
     """The script's text."""
     about = {
         "config": {**settings(model, image_processor), "bits": bits},
         "tokenizer": words(tokenizer),
         "drawings": some_drawings(),
+        "scenes": some_scenes(),
     }
 
     def written(packed):
@@ -287,12 +358,25 @@ def write_weights(path):
     return size, bits
 
 
+def write_curves(path, notebook=None, looks=None):
+    """Write the small script with the losses by step; how many runs it holds."""
+    notebook = notebook or ROOT / "book" / "09_training.ipynb"
+    looks = looks or ROOT / "data" / "tiny_flamingo" / "looks.json"
+    runs = curves(notebook, looks)
+    text = "// Written by tools/export_play.py; figures_model.js reads it.\n"
+    text += f"window.flamingoCurves = {json.dumps(runs)};\n"
+    Path(path).write_text(text, encoding="utf-8", newline="")
+    return len(runs)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", help="the script to write")
     args = parser.parse_args()
     size, bits = write_weights(args.path)
     print(f"{args.path}: {size / 1e6:.1f} MB, matrices of {bits} bits")
+    path = Path(args.path).with_name("flamingo_curves.js")
+    print(f"{path}: {write_curves(path)} runs")
 
 
 if __name__ == "__main__":

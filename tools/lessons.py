@@ -17,6 +17,7 @@ studios, some drawings outlined.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -232,8 +233,32 @@ def make_lessons(
     return torch.cat(lessons.features), lessons.texts, lessons.sequences
 
 
+def probe(model, image_processor, n=48, seed=6):
+    """The scenes whose loss chapter 9 follows while it trains: (features, texts)."""
+    scenes = make_scenes(emoji_rows(), n, seed=seed)
+    pictures = [scene["picture"] for scene in scenes]
+    features = encode_pictures(model.vision_encoder, image_processor, pictures)
+    return features, [scene["text"] for scene in scenes]
+
+
+def read_looks(path):
+    """What `teach` noted: [{"step", "true", "shuffled"}], each step once, in order.
+
+    A training that was killed notes a few steps twice; the later note counts.
+    """
+    notes = {}
+    if Path(path).is_file():
+        for line in Path(path).read_text().splitlines():
+            note = json.loads(line)
+            notes[note["step"]] = note
+    return [notes[step] for step in sorted(notes)]
+
+
 def teach(built, shares, seed, report_every, args, longest=10):
     """Train on lessons with the function of chapter 9: (history, lines for a log).
+
+    At each report, looks.jsonl in the folder of checkpoints gets the step and the
+    losses of `probe` beside its own and beside exchanged pictures.
 
     Args:
         built: model, image processor, tokenizer, from `build_flamingo`.
@@ -252,6 +277,16 @@ def teach(built, shares, seed, report_every, args, longest=10):
         if "loss" in line:  # and not where a training goes on from
             log.append(line[: line.index("loss") + 10])  # not the pace
 
+    checkpoint, looks = (args.checkpoints / n for n in ("last.pt", "looks.jsonl"))
+    if not checkpoint.exists():
+        looks.unlink(missing_ok=True)  # of another training
+
+    def note(numbers):
+        few = {"step": numbers["step"]}
+        few |= {name: round(numbers[name], 4) for name in ("true", "shuffled")}
+        with looks.open("a") as file:
+            file.write(f"{json.dumps(few)}\n")
+
     features, texts, sequences = make_lessons(
         model, image_processor, seed, shares, longest, args.hands
     )
@@ -264,10 +299,12 @@ def teach(built, shares, seed, report_every, args, longest=10):
         batch_size=args.batch_size,
         lr=args.lr,
         seed=args.seed,
-        checkpoint=args.checkpoints / "last.pt",
+        checkpoint=checkpoint,
         report_every=report_every,
         report=report,
         sequences=sequences,
+        validation=probe(model, image_processor),
+        log=note,
     )
     return history, log
 

@@ -9,7 +9,8 @@ It learns from all of tools/lessons.py: captions, questions, stories and prompts
         --out FOLDER --checkpoints FOLDER          a look at it
 
 Writes data/tiny_flamingo: flamingo.safetensors (8 and 16 bits), config.json,
-training.log and history.json (loss and gates).
+training.log, history.json (loss and gates) and looks.json (the loss of some scenes
+beside their own and beside exchanged pictures, for the figure of chapter 9).
 """
 
 import argparse
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from lessons import SHARES, add_hands, teach  # noqa: E402
+from lessons import SHARES, add_hands, read_looks, teach  # noqa: E402
 from measure_captions import measure  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -79,6 +80,9 @@ def main():
     save_flamingo(built[0], args.out, dtype=torch.float16)
     shrink(args.out / "flamingo.safetensors")
     write_history(args.out / "history.json", history)
+    looks = read_looks(args.checkpoints / "looks.jsonl")
+    lines = ",\n".join(json.dumps(look) for look in looks)
+    (args.out / "looks.json").write_text(f"[\n{lines}\n]\n")
     (args.out / "training.log").write_text("\n".join(log) + "\n")
 
 

@@ -7,6 +7,7 @@
 //   await flamingoLite.ready                          loads the weights when first asked for
 //   await flamingoLite.caption([canvas], "<image>")   what the model writes
 //   await flamingoLite.logits([canvas], "<image>a")   a Float32Array for each token
+//   flamingoLite.door(element, text, opened)          a button that loads all this, with progress
 "use strict";
 (function () {
   let config, tokenizer, tensors; // filled by `receive`
@@ -89,7 +90,7 @@
   }
 
   // scaled_dot_product_attention, head by head. `mayLook(row, key)` is the mask, true = may look;
-  // a row that may look at nothing reads zero. `noted`, (rows, keys), gets the weights' mean over heads.
+  // a row that may look at nothing reads zero. `noted`, (heads * rows, keys), gets the weights.
   function attention(q, k, v, heads, mayLook, noted) {
     const d = q.width / heads, read = matrix(q.rows, q.width), weights = new Float64Array(k.rows);
     for (let h = 0; h < heads; h++) {
@@ -109,7 +110,7 @@
         for (let j = 0; j < k.rows; j++) {
           const share = weights[j] / sum;
           if (share === 0) continue;
-          if (noted) noted.data[r * k.rows + j] += share / heads;
+          if (noted) noted.data[(h * q.rows + r) * k.rows + j] = share;
           for (let i = 0, to = j * q.width + h * d; i < d; i++) read.data[from + i] += share * v.data[to + i];
         }
       }
@@ -222,14 +223,20 @@
 
   function perceiverResampler(patches) { // (v, d_img) to media (n, d_img), and its weights, layer by layer
     let latents = weight("perceiver.latents");
-    const weights = [];
-    for (let layer = 0; layer < config.perceiver.depth; layer++) {
-      const noted = matrix(latents.rows, patches.rows + latents.rows);
+    const weights = [], { depth, heads } = config.perceiver;
+    for (let layer = 0; layer < depth; layer++) {
+      const noted = matrix(heads * latents.rows, patches.rows + latents.rows);
       latents = add(latents, perceiverAttention(patches, latents, `perceiver.layers.${layer}.0`, noted));
       latents = add(latents, feedForward(latents, `perceiver.layers.${layer}.1`));
       weights.push(noted);
     }
-    return { media: layerNorm(latents, "perceiver.norm"), on_patches: roll_out(weights) };
+    return { media: layerNorm(latents, "perceiver.norm"), on_patches: roll_out(weights.map((one) => mean_of_heads(one, heads))) };
+  }
+
+  function mean_of_heads(weights, heads) { // (heads * rows, keys) to (rows, keys)
+    const mean = matrix(weights.rows / heads, weights.width);
+    weights.data.forEach((share, i) => { mean.data[i % mean.data.length] += share / heads; });
+    return mean;
   }
 
   // Which patches a latent is made of, (n, v): 11_looking_inside.html
@@ -321,12 +328,13 @@
     state.ids.push(...ids);
     const T_img = state.pictures.length, isImage = state.ids.map((id) => id === config.media_token_id);
     const may_look = text_to_media_mask(isImage, T_img, config.cross_attention.immediate).slice(n_past);
-    const maps = ids.map(() => []); // for each new token and each block: weights on the latents
+    const maps = ids.map(() => []), { heads } = config.cross_attention; // for each new token, block and head: weights on the latents
     for (let layer = 0; layer < config.language.layers; layer++) {
       if (state.kv.has(layer)) {
-        const noted = matrix(ids.length, T_img * config.cross_attention.n);
+        const noted = matrix(heads * ids.length, T_img * config.cross_attention.n);
         x = gatedCrossAttentionBlock(x, state.kv.get(layer), may_look, `lang_encoder.gated_cross_attn_layers.${layer}`, state.gates, noted);
-        maps.forEach((map, r) => map.push(noted.data.subarray(r * noted.width, (r + 1) * noted.width)));
+        const row = (i) => noted.data.subarray(i * noted.width, (i + 1) * noted.width);
+        maps.forEach((map, r) => map.push(Array.from({ length: heads }, (_, h) => row(h * ids.length + r))));
       }
       x = decoderLayer(x, state.past[layer], `lang_encoder.old_decoder_blocks.${layer}`);
     }
@@ -340,14 +348,20 @@
     return logits;
   }
 
-  // Where the token at `place` looks, (v,) for each block and picture: 11_looking_inside.html
+  // Where the token at `place` looks, (v,) for each block, head and picture: 11_looking_inside.html
   function attention_maps(state, place) {
     const n = config.cross_attention.n;
-    return state.noted[place].map((on_latents) => state.pictures.map(({ on_patches }, image) => {
+    return state.noted[place].map((block) => block.map((on_latents) => state.pictures.map(({ on_patches }, image) => {
       const v = on_patches.width, map = new Float32Array(v);
       for (let i = 0; i < n; i++) for (let p = 0; p < v; p++) map[p] += on_latents[image * n + i] * on_patches.data[i * v + p];
       return map;
-    }));
+    })));
+  }
+
+  // The mean of some of those maps, for one picture: of one block, of one head, or (-1) of all.
+  function mean_map(maps, image, block = -1, head = -1) {
+    const some = maps.filter((_, b) => block < 0 || b === block).flatMap((heads) => heads.filter((_, h) => head < 0 || h === head));
+    return some[0][image].map((_, p) => some.reduce((sum, images) => sum + images[image][p] / some.length, 0));
   }
 
   // ---- Words to numbers and back: byte-level BPE, B_tiny_opt.html ----------------------
@@ -424,6 +438,55 @@
     return ids.map((_, r) => all.data.slice(r * all.width, (r + 1) * all.width));
   }
 
+  // ---- What a text costs: 06_loss.html -------------------------------------------------
+
+  const IGNORE = -100;
+
+  function make_labels(ids) { // the text of each chunk, and its end
+    let open = false;
+    return ids.map((id) => {
+      const label = open && id !== config.media_token_id ? id : IGNORE;
+      open = id === config.media_token_id || (open && id !== config.eoc_token_id);
+      return label;
+    });
+  }
+
+  function log_p(row, id) { // of a token, where `row` has the logits before it
+    const top = row.reduce((x, y) => Math.max(x, y)), sum = row.reduce((total, logit) => total + Math.exp(logit - top), 0);
+    return row[id] - top - Math.log(sum);
+  }
+
+  // Each token of a text: {id, text, loss, image, maps}. `loss` is null where there is no label;
+  // `image` and `maps` are of the token before it, from which it is predicted.
+  async function token_losses(images, text, { gates = 1 } = {}) {
+    const { ids, state } = await prepare(images, text, 0, gates), logits = head(forward(state, ids));
+    const times = text_time(ids.map((id) => id === config.media_token_id)), labels = make_labels(ids);
+    return ids.map((id, place) => {
+      const row = logits.data.subarray((place - 1) * logits.width, place * logits.width), seen = place > 0;
+      const loss = seen && labels[place] !== IGNORE ? -log_p(row, id) : null;
+      return { id, text: decode([id], false), loss, image: seen ? times[place - 1] : 0, maps: seen ? attention_maps(state, place - 1) : [] };
+    });
+  }
+
+  // How likely each of some answers is after a prompt, its end included: sums of log-probabilities.
+  async function score_candidates(images, prompt, candidates, { gates = 1, end = "<|endofchunk|>" } = {}) {
+    await load();
+    const bare = prompt.trimEnd();
+    if (bare !== prompt && bare) prompt = bare.endsWith("<image>") ? bare : `${bare} `;
+    const rows = candidates.map((text) => encode(`${prompt}${text.trimEnd()}${end}`)), alone = encode(prompt);
+    let n_same = 0; // how a prompt is cut into tokens may depend on what follows it
+    while (n_same < alone.length && rows.every((row) => row[n_same] === alone[n_same] && n_same < row.length - 1)) n_same += 1;
+    const longest = Math.max(...rows.map((row) => row.length)), { state } = await prepare(images, prompt, longest - alone.length, gates);
+    const shared = forward(state, alone.slice(0, n_same)), last = shared.data.subarray((n_same - 1) * shared.width);
+    return rows.map((row) => { // each goes on from what they share; matrices of the past are never changed
+      const own = { ...state, ids: [...state.ids], noted: [], past: state.past.map((layer) => ({ ...layer })) };
+      const rest = row.slice(n_same), new_ids = rest.slice(0, -1);
+      const after = new_ids.length ? forward(own, new_ids) : matrix(0, shared.width);
+      const logits = head(stack(matrix(1, shared.width, last), after));
+      return rest.reduce((sum, id, r) => sum + log_p(logits.data.subarray(r * logits.width, (r + 1) * logits.width), id), 0);
+    });
+  }
+
   // Greedy, until <|endofchunk|>, never <image>. `onToken` is told of each token as it is written, and
   // of those of the prompt first: {id, text, written, image, maps, p}; if it returns false, we stop.
   async function caption(images, prompt = "<image>", { max_new_tokens = 24, gates = 1, onToken } = {}) {
@@ -439,7 +502,7 @@
       const row = head(last).data;
       row[config.media_token_id] = -Infinity;
       const id = row.indexOf(row.reduce((x, y) => Math.max(x, y)));
-      const p = 1 / row.reduce((sum, logit) => sum + Math.exp(logit - row[id]), 0);
+      const p = Math.exp(log_p(row, id));
       const stop = tell(id, state.ids.length - 1, true, p) === false; // looked at by the token before
       if (id === config.eoc_token_id || stop) break;
       written.push(id);
@@ -533,15 +596,54 @@
       config = arrived.config;
       tensors = ready;
       told("ready", 1);
-      return { drawings: arrived.drawings, examples: arrived.examples, config };
+      return { drawings: arrived.drawings, scenes: arrived.scenes, config };
     })();
     loading.catch(() => { loading = undefined; });
     return loading;
   }
 
+  // ---- In a page -----------------------------------------------------------------------
+
+  // Nothing is loaded before a click on this button. What `load` brings goes to `opened`; what it
+  // returns, an element, gets the focus. At last the button is gone.
+  function door(element, text, opened) {
+    const make = (tag, about) => Object.assign(document.createElement(tag), about);
+    const start = make("button", { type: "button", textContent: text, className: "play-start live-go" });
+    const bar = make("progress", { max: 1, ariaLabel: "Loading the model", hidden: true });
+    const said = make("p", { className: "play-said" });
+    said.setAttribute("role", "status");
+    start.addEventListener("click", async () => {
+      start.disabled = true;
+      bar.hidden = false;
+      try {
+        const brought = await load((what, share) => {
+          if (share === undefined) bar.removeAttribute("value");
+          else bar.value = share;
+          const words = { reading: "Reading the weights …", unpacking: "Unpacking the weights …", ready: "" }[what];
+          if (said.textContent !== words) said.textContent = words;
+        });
+        const first = await opened(brought);
+        [start, bar, said].forEach((part) => part.remove());
+        if (first) first.focus();
+      } catch (error) {
+        start.disabled = false;
+        bar.hidden = true;
+        said.textContent = `That did not work: ${error.message}`;
+      }
+    });
+    element.append(start, bar, said);
+  }
+
+  function paint(canvas, map) { // a map (v,) laid over a picture: the most of it is the darkest
+    const side = Math.sqrt(map.length), top = Math.max(...map, 1e-9), pixels = new ImageData(side, side);
+    map.forEach((value, p) => pixels.data.set([214, 51, 108, Math.round((235 * value) / top)], 4 * p));
+    Object.assign(canvas, { width: side, height: side }); // and that clears it
+    canvas.getContext("2d").putImageData(pixels, 0, 0);
+  }
+
   window.flamingoLite = {
     get ready() { return load(); },
-    load, caption, logits,
+    load, door, paint, mean_map, caption, logits, token_losses, score_candidates,
     receive(file) { arrived = file; },
     inside: { encode, decode, image_processor, rgb_on_white, text_time, media_time, text_to_media_mask, roll_out },
   };

@@ -18,34 +18,12 @@
   const button = (text, onclick, more = {}) => make("button", { type: "button", onclick, ...more }, text);
 
   // ---- The door: nothing is loaded before a click ----
-  const bar = make("progress", { max: 1, ariaLabel: "Loading the model", hidden: true });
-  const said = make("p", { role: "status", className: "play-said" });
-  const start = button("Load the model (15 MB)", load, { className: "play-start" });
-  root.append(start, bar, said);
+  flamingoLite.door(root, "Load the model (15 MB)", async ({ drawings }) => {
+    document.querySelectorAll(".play-still").forEach((still) => { still.hidden = true; });
+    await open(drawings);
+    return root.querySelector("h3 + div button");
+  });
   root.hidden = false;
-
-  async function load() {
-    start.disabled = true;
-    bar.hidden = false;
-    try {
-      const { drawings } = await flamingoLite.load((what, share) => {
-        if (share === undefined) bar.removeAttribute("value");
-        else bar.value = share;
-        const words = { reading: "Reading the weights …", unpacking: "Unpacking the weights …", ready: "" }[what];
-        if (said.textContent !== words) said.textContent = words;
-      });
-      document.querySelectorAll(".play-still").forEach((still) => { still.hidden = true; });
-      await open(drawings);
-      start.remove();
-      bar.remove();
-      said.remove();
-      root.querySelector("button").focus();
-    } catch (error) {
-      start.disabled = false;
-      bar.hidden = true;
-      said.textContent = `That did not work: ${error.message}`;
-    }
-  }
 
   // ---- The workshop ----
   async function open(drawings) {
@@ -271,18 +249,11 @@
       if (layer.options.length === 1) token.maps.forEach((_, i) => layer.append(make("option", { value: i }, `block ${i + 1}`)));
       tokens.querySelectorAll("button").forEach((chip) => { chip.ariaPressed = String(last[chip.dataset.number] === token); });
       [...places.children].forEach((place, number) => {
-        const heat = place.querySelector(".play-heat"), mayLook = token.maps[0][number].some((x) => x > 0);
+        const heat = place.querySelector(".play-heat"), mayLook = token.maps[0][0][number].some((x) => x > 0);
         place.classList.toggle("play-faded", !mayLook);
         if (!heat) return;
-        const which = token.maps.filter((_, i) => Number(layer.value) < 0 || i === Number(layer.value));
-        const v = which[0][number].length, side = Math.sqrt(v), small = make("canvas", { width: side, height: side });
-        const mean = Array.from({ length: v }, (_, p) => which.reduce((sum, maps) => sum + maps[number][p] / which.length, 0));
-        const top = Math.max(...mean, 1e-9), pixels = new ImageData(side, side);
-        mean.forEach((value, p) => pixels.data.set([214, 51, 108, Math.round((235 * value) / top)], 4 * p));
-        small.getContext("2d").putImageData(pixels, 0, 0);
-        const context = heat.getContext("2d");
-        context.clearRect(0, 0, 64, 64);
-        if (mayLook) context.drawImage(small, 0, 0, 64, 64);
+        const map = flamingoLite.mean_map(token.maps, number, Number(layer.value));
+        flamingoLite.paint(heat, mayLook ? map : map.map(() => 0));
       });
     }
 
