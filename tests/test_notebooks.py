@@ -81,13 +81,12 @@ def test_notebook(path):
 
 
 # Chapters whose exercises have one form, the one that `good_exercise` below shows.
-IN_ONE_FORM = "01 02 03 04 05 05b 06 07 07b E".split()
 QUESTION = re.compile(
     r"> \*\*Exercise (\w+\.\d+)\*\* [●○]{3} · "
     r"(predict|build|break\s(?:> )?and\smend|explore)\s(?:> )?·\s(?:> )?\d+"
 )
 PROOF = re.compile(r"^ *(assert |check_\w+\(|torch\.testing\.assert_close)", re.M)
-HOLE = re.compile(r"^( *return None|\w+ = None)  # your (code|guess)", re.M)
+HOLE = re.compile(r"^( *return None  |\w+ = None  | +)# your (code|guess)", re.M)
 
 
 def complaints_about_exercises(notebook):
@@ -100,6 +99,8 @@ def complaints_about_exercises(notebook):
             found.append(f"question: no kind or no minutes: {cell.source[:80]}")
             continue
         number, below = question[1], []
+        if question[2] == "explore" and "<summary>Answer</summary>" in cell.source:
+            continue  # for pictures of the reader's own: nothing that CI could run
         if "<details><summary>Hint</summary>" not in cell.source:
             found.append(f"hint: none at {number}")
         for one in cells[place + 1 :]:
@@ -121,15 +122,14 @@ def complaints_about_exercises(notebook):
             found.append(f"proof: the solution of {number} asserts nothing")
         hole = HOLE.search(stub.source) if stub is not None else None
         check = stub.source[hole.end() :] if hole else ""
-        checked = check.partition(" is not None:\n")[2]
-        if not PROOF.search(checked):
+        behind = re.split(r"^if .*:$", check, maxsplit=1, flags=re.M)[1:]
+        if not PROOF.search("".join(behind)):
             found.append(f"stub: {number} wants a hole, and an assert behind `if`")
     return found
 
 
-@pytest.mark.parametrize("name", IN_ONE_FORM)
-def test_exercises_have_one_form(name):
-    (path,) = (path for path in NOTEBOOKS if path.stem.split("_")[0] == name)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_exercises_have_one_form(path):
     notebook = nbformat.read(path, as_version=4)
     assert complaints_about_exercises(notebook) == []
     text = "\n".join(cell.source for cell in notebook.cells)
