@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "book"), str(ROOT / "book" / "_e
 import figures
 import flamingo_book
 import pages
+import screenshots
 import sync
 
 try:
@@ -750,7 +751,8 @@ def test_no_figure_is_cut_without_a_cue_on_a_phone(browser):
     cut, slides = {}, 0
     for name in ["intro.ipynb", *NOTEBOOKS]:
         page.goto(address.replace("intro", name.removesuffix(".ipynb")))
-        page.wait_for_timeout(200)
+        page.evaluate(screenshots.OPEN)
+        page.wait_for_timeout(300)
         cut[name], n = page.evaluate(CUT), page.locator("article .slides").count()
         slides += n
     assert slides and {name: found for name, found in cut.items() if found} == {}
@@ -807,8 +809,6 @@ def test_on_paper_solutions_are_open(browser):
 def test_screenshots_show_a_page_from_top_to_bottom(tmp_path, monkeypatch):
     if not CHROMIUM or sync_playwright is None:
         pytest.skip("no Chromium or no playwright: no page is photographed")
-    import screenshots
-
     monkeypatch.setattr(screenshots, "HTML", tmp_path)
     with pytest.raises(SystemExit, match="no rendered book"):
         screenshots.addresses([])

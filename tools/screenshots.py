@@ -15,7 +15,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+try:
+    from playwright.sync_api import sync_playwright
+except ImportError:
+    sync_playwright = None
 
 ROOT = Path(__file__).resolve().parents[1]
 HTML = ROOT / "_build" / "html"
@@ -64,6 +67,8 @@ def main():
     parser.add_argument("--widths", nargs="+", type=int, default=[1300, 390])
     parser.add_argument("--open", action="store_true", help="open what is folded")
     args = parser.parse_args()
+    if sync_playwright is None:
+        sys.exit("no playwright: pip install -r requirements.txt")
     pages, taken = addresses(args.pages), 0
     args.out.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
