@@ -52,6 +52,8 @@ def call(words, log, stop_when=None):
             killed = True
         time.sleep(0.05)
     process.returncode = os.waitstatus_to_exitcode(status)
+    if stop_when and not killed:
+        sys.exit(f"persons_path: {words[0]} ended before it was killed; more steps?")
     if process.returncode != (-signal.SIGKILL if killed else 0):
         sys.exit(f"{' '.join(command[2:])}:\n{Path(log).read_text()[-2000:]}")
     return {
@@ -109,7 +111,7 @@ def walk(folder, work, size, steps, report=print):
     n, done = describe_pictures(folder)["number"], []
     train = ["train", "--images", folder / "train", "--validation", folder / "test"]
     train += ["--size", size, "--steps", steps, "--out", out, "--features", features]
-    train += ["--report-every", max(1, steps // 20)]
+    train += ["--report-every", max(1, steps // 10)]
 
     def note(what, words, how, stop_when=None):
         taken = call(words, log, stop_when)
@@ -154,7 +156,7 @@ def main():
     parser.add_argument("folder", type=Path, help="with train/ and test/")
     parser.add_argument("--work", type=Path, required=True, help="a new folder")
     parser.add_argument("--size", choices=("tiny", "paper"), default="tiny")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--json", type=Path, help="write the numbers there")
     args = parser.parse_args()
     if args.steps < 4:
