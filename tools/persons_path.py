@@ -2,7 +2,7 @@
 """The whole way with a folder of photographs, two kills on it, measured.
 
     python tools/big_folder.py 3000 pictures            some minutes, once
-    python tools/persons_path.py pictures --work NEW    ten minutes on two cores
+    python tools/persons_path.py pictures --work NEW    six minutes on two cores
 
 --json data/persons_path.json writes the numbers down, for the page that shows them.
 
@@ -156,7 +156,7 @@ def main():
     parser.add_argument("folder", type=Path, help="with train/ and test/")
     parser.add_argument("--work", type=Path, required=True, help="a new folder")
     parser.add_argument("--size", choices=("tiny", "paper"), default="tiny")
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--json", type=Path, help="write the numbers there")
     args = parser.parse_args()
     if args.steps < 4:
