@@ -579,9 +579,9 @@ def test_describe_device(monkeypatch):
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
 COMPUTING = (
-    "01_clip_features 05_model 05b_loading 07_data 07c_feature_cache 08_generation "
-    "08b_checkpoints 09_training 10_few_shot 11_looking_inside 12_real_one "
-    "A_tiny_clip B_tiny_opt"
+    "01_clip_features 05_model 05b_loading 07_data 07c_feature_cache 07d_shards "
+    "08_generation 08b_checkpoints 09_training 10_few_shot 11_looking_inside "
+    "12_real_one A_tiny_clip B_tiny_opt"
 ).split()
 BUILDS = {"build_flamingo", "load_flamingo"}  # each gives a model on the CPU
 

@@ -5,6 +5,10 @@
     python tools/benchmark.py step generation     some groups, see GROUPS
     python tools/benchmark.py --busy              one thread, and its processor time
     python tools/benchmark.py --smallest          tiny sizes, to see that it runs
+    python tools/benchmark.py --readme            README's table, from the file
+
+--json data/benchmark.json writes the rows down; groups that are measured later join
+those in the file.
 
 Prints Markdown. Paper size with random weights: OPT-125m, the Perceiver of OpenFlamingo
 and, where "tower" is said, CLIP ViT-L-14. Ours and theirs take turns in one process;
@@ -31,7 +35,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 IMAGE, END, VOCAB = 50266, 50265, 50267  # as OPT's tokenizer with the two new tokens
 CLOCK = time.perf_counter
 STEPS = ((2, 1, 32), (2, 4, 128), (1, 16, 256), (1, 32, 512))  # (B, T_img, T_txt)
+HEAD = """\
+| case (B, T_img, T_txt) | ours | theirs | ratio | at most | ours is |
+|:--|--:|--:|--:|--:|:--|"""
 GROUPS = ("step", "tower", "generation", "memory", "growth")
+BEGIN, END_MARK = "<!-- speed: begin -->\n", "<!-- speed: end -->\n"  # in README
 AT_MOST = {  # ours / theirs
     "step (2, 1, 32)": 1.0,
     "step (2, 4, 128)": 1.0,
@@ -376,8 +384,34 @@ def conditions(repeats):
         f"In this run: {matrix_peak() / 1e9:.0f} GFLOP/s in a product of matrices, "
         f"{memory_peak() / 1e9:.1f} GB/s read from memory.",
         f"Random weights, gates open, AdamW; medians of {repeats} by turns"
-        + ", of the processor time of one thread." * (CLOCK is time.process_time),
+        + ", of the processor time of one thread" * (CLOCK is time.process_time)
+        + ".",
     ]
+
+
+def as_row(case, numbers, ratio, share):
+    """A line of the Markdown table."""
+    row = [case, *numbers, f"{ratio:.2f}", str(AT_MOST.get(case, "")), share]
+    return f"| {' | '.join(row)} |"
+
+
+def keep(path, group, measured, rows):
+    """Put a group's rows into a file of JSON, beside those of other groups."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found[group] = {"measured": measured, "rows": rows}
+    path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def write_readme(path, readme):
+    """Put the rows of a file of JSON into README, between the marks."""
+    found = json.loads(path.read_text())
+    lines = [HEAD]
+    for group in GROUPS:
+        for case, *numbers, ratio, share in found.get(group, {}).get("rows", []):
+            lines.append(as_row(case, numbers, ratio, share))
+    text = readme.read_text()
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END_MARK)
+    readme.write_text(text[:start] + "\n".join(lines) + "\n" + text[end:])
 
 
 def main():
@@ -389,11 +423,16 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--smallest", action="store_true")
     parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--json", type=Path, help="add the rows to this file")
+    parser.add_argument("--readme", action="store_true")
     parser.add_argument("--one", choices=GROUPS, help=argparse.SUPPRESS)
     parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if strange := set(args.groups) - set(GROUPS):
         parser.error(f"{sorted(strange)[0]}: no such group, there are {GROUPS}")
+    if args.readme:
+        file = args.json or ROOT / "data" / "benchmark.json"
+        return write_readme(file, ROOT / "README.md")
     HANDED_ON[:] = ["--smallest"] * args.smallest + ["--busy"] * args.busy
     if args.busy:
         torch.set_num_threads(1)
@@ -405,15 +444,15 @@ def main():
     elif args.one:
         print(json.dumps(list(globals()[f"group_{args.one}"](size, cases, repeats))))
     else:
-        print("\n".join(conditions(repeats)), end="\n\n")
-        print("| case (B, T_img, T_txt) | ours | theirs | ratio | at most | ours is |")
-        print("|:--|--:|--:|--:|--:|:--|", flush=True)
+        measured = conditions(repeats)
+        print("\n".join(measured), HEAD, sep="\n\n", flush=True)
         for group in args.groups or GROUPS:
             options = ["--one", group, "--repeats", str(repeats), *HANDED_ON]
-            for case, *numbers, ratio, share in json.loads(run_self(*options)):
-                limit = AT_MOST.get(case, "")
-                row = [case, *numbers, f"{ratio:.2f}", str(limit), share]
-                print(f"| {' | '.join(row)} |", flush=True)
+            rows = json.loads(run_self(*options))
+            for case, *numbers, ratio, share in rows:
+                print(as_row(case, numbers, ratio, share), flush=True)
+            if args.json:
+                keep(args.json, group, measured, rows)
 
 
 if __name__ == "__main__":

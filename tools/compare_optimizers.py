@@ -10,8 +10,11 @@ pictures of single things are named right.
 
 The second takes the matrices that a Flamingo of CLIP ViT-L-14 and OPT-125m trains, with
 random numbers in them and in their gradients, and measures one step of each optimizer,
-and forward and backward of the model beside it: interleaved, medians. It writes them as
-JSON, data/optimizers.json, with what they were measured on.
+and forward and backward of the model beside it: interleaved, medians. A CPU without
+half-precision arithmetic takes minutes for a step of Muon in it, so there one matrix of
+each shape is measured, once, and counted as often as it occurs. It writes them as JSON,
+data/optimizers.json, with what they were measured on. Time a step is all that this
+measures: who gets furthest in an hour at this size, only a real training tells.
 """
 
 import argparse
@@ -107,15 +110,34 @@ def flop_of_rounds(matrices, rounds=5):
 
 def optimizers_for(matrices):
     """{name: optimizer}, all of the same matrices, on which they step in turn."""
-    made = {
+    return {
         "AdamW, fused": torch.optim.AdamW(matrices, lr=1e-3, fused=True),
         "Muon, float32": Muon(matrices, lr=1e-3),
+    }
+
+
+def half_optimizers(matrices):
+    """The same of those whose rounds are in half precision."""
+    made = {
         "Muon, bfloat16": Muon(matrices, lr=1e-3, dtype=torch.bfloat16),
         "PyTorch's Muon": torch.optim.Muon(matrices, lr=1e-3),
     }
     if matrices[0].is_cuda:
         made["Muon, float16"] = Muon(matrices, lr=1e-3, dtype=torch.float16)
     return made
+
+
+def step_by_shape(matrices, name):
+    """Seconds of a step of a half-precision optimizer: {shape: (how many, of one)}."""
+    found = {}
+    for p in matrices:
+        same = [q for q in matrices if q.shape == p.shape]
+        if p is not same[0]:
+            continue
+        p.grad = torch.randn_like(p)
+        taken = seconds(half_optimizers([p])[name].step, p.device)
+        found[" x ".join(map(str, p.shape))] = len(same), round(taken, 4)
+    return found
 
 
 def seconds(what, device):
@@ -136,6 +158,8 @@ def measure(batch_size, repeats, T_txt, layers=None):
     _, matrices, _ = parameter_groups(model, 1e-3)
     matrices = matrices["params"][:layers]
     optimizers = optimizers_for(matrices)
+    if matrices[0].is_cuda:
+        optimizers |= half_optimizers(matrices)
     gradients = [torch.randn_like(p) for p in matrices]
     ids = torch.randint(2, 50000, (batch_size, T_txt), device=device)  # (B, T_txt)
     ids[:, 0] = 50266
@@ -159,6 +183,12 @@ def measure(batch_size, repeats, T_txt, layers=None):
     for _ in range(repeats + 1):
         for name, call in calls.items():
             taken[name].append(seconds(call, device))
+    medians = {n: round(statistics.median(t[1:]), 4) for n, t in taken.items()}
+    by_shape = {}
+    if not matrices[0].is_cuda:
+        by_shape = step_by_shape(matrices, "Muon, bfloat16")
+        whole = sum(count * one for count, one in by_shape.values())
+        medians["Muon, bfloat16, by shape"] = round(whole, 4)
     return {
         "device": describe_device(device),
         "threads": torch.get_num_threads(),
@@ -168,7 +198,8 @@ def measure(batch_size, repeats, T_txt, layers=None):
         "GFLOP of rounds": round(flop_of_rounds(matrices) / 1e9),
         "batch": {"B": batch_size, "T_img": 1, "T_txt": T_txt},
         "repeats": repeats,
-        "seconds": {n: round(statistics.median(t[1:]), 4) for n, t in taken.items()},
+        "seconds": medians,
+        "how many, and a step of one": by_shape,
     }
 
 

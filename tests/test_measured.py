@@ -1,0 +1,136 @@
+"""The tools that measure: they run in their smallest form; pages show their files."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+MEASURED = {
+    "benchmark.json": {"step", "tower", "generation", "memory", "growth"},
+    "optimizers.json": {"device", "threads", "seconds", "batch", "GFLOP of rounds"},
+    "persons_path.json": {"on", "pictures", "commands", "scores", "megabytes on disk"},
+}
+
+
+def tool(name):
+    """A script of tools/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call_tool(name, *words):
+    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_was_measured_is_whole(name):
+    path = ROOT / "data" / name
+    if not path.exists():
+        pytest.skip(f"{name} was not measured yet")
+    assert MEASURED[name] <= set(json.loads(path.read_text()))
+
+
+# --------------------------------------------------------------------- a person's path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of twelve pictures, one of 12 megapixels."""
+    folder = tmp_path_factory.mktemp("person") / "pictures"
+    tool("big_folder").make_folder(folder, 12)
+    return folder
+
+
+def test_a_persons_path(pictures, tmp_path):
+    """Killed in encoding and in training, gone on to the end; nothing encoded twice."""
+    words = "--steps", 8, "--work", tmp_path / "work", "--json", tmp_path / "found.json"
+    code, said, error = call_tool("persons_path", pictures, *words)
+    assert code == 0, error[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["pictures"]["number"] == 12
+    assert found["pictures"]["of 12 megapixels"] == 1
+    commands = found["commands"]
+    assert [one["killed"] for one in commands] == [True, True, False, False, False]
+    assert all(one["seconds"] > 0 and one["megabytes"] > 100 for one in commands)
+    assert commands[0]["ended"].startswith("killed: ")
+    assert commands[2]["ended"].startswith("model: 8 steps, loss")
+    assert {"CIDEr-D", "loss, true", "loss, shuffled"} <= set(found["scores"])
+    assert 0.25 < found["megabytes on disk"]["features"] < 0.4  # 12 x 64 x 192 x 2
+    rows = [line for line in said.splitlines() if line.startswith("| `")]
+    assert len(rows) == 5 and all(row.count("|") == 5 for row in rows)
+
+
+def test_a_persons_path_refuses(pictures, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    empty = tmp_path / "empty"
+    for words, problem in (
+        ((pictures, "--work", tmp_path), "is not empty"),
+        ((pictures, "--work", tmp_path / "new", "--steps", 3), "want 4 steps or more"),
+        ((empty, "--work", tmp_path / "new"), "no JPEG in"),
+    ):
+        code, _, error = call_tool("persons_path", *words)
+        assert code == 1 and problem in error
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_command_that_fails_or_ends_too_early(tmp_path):
+    path = tool("persons_path")
+    with pytest.raises(SystemExit, match="caption"):
+        path.call(["caption", tmp_path / "none.jpg"], tmp_path / "log")
+    with pytest.raises(SystemExit, match="ended before it was killed"):
+        path.call(["--help"], tmp_path / "log", stop_when=lambda: False)
+
+
+# ------------------------------------------------------------------------- the tables
+
+
+def test_groups_join_in_a_file_and_in_readme(tmp_path):
+    benchmark, file = tool("benchmark"), tmp_path / "b.json"
+    benchmark.keep(file, "memory", ["then"], [["peak", "3 MB", "4 MB", 0.75, ""]])
+    step = "step (2, 1, 32)"
+    benchmark.keep(file, "step", ["now"], [[step, "1 s", "2 s", 0.5, "70% of peak"]])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{benchmark.BEGIN}old\n{benchmark.END_MARK}after\n")
+    benchmark.write_readme(file, readme)
+    lines = readme.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    assert lines[4] == f"| {step} | 1 s | 2 s | 0.50 | 1.0 | 70% of peak |"
+    assert lines[5] == "| peak | 3 MB | 4 MB | 0.75 |  |  |"
+
+
+def test_readme_has_what_was_measured(tmp_path):
+    """The numbers of README's table are those of the file."""
+    benchmark, file = tool("benchmark"), ROOT / "data" / "benchmark.json"
+    if not file.exists():
+        pytest.skip("not measured yet")
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    benchmark.write_readme(file, copy)
+    assert copy.read_text() == (ROOT / "README.md").read_text()
+    cases = {
+        row[0]
+        for group in json.loads(file.read_text()).values()
+        for row in group["rows"]
+    }
+    assert cases == set(benchmark.AT_MOST)
+
+
+def test_one_of_each_shape_counts_for_all():
+    shapes = [(4, 8), (4, 8), (8, 4), (4, 8)]
+    matrices = [torch.nn.Parameter(torch.randn(*shape)) for shape in shapes]
+    found = tool("compare_optimizers").step_by_shape(matrices, "Muon, bfloat16")
+    assert {name: count for name, (count, _) in found.items()} == {
+        "4 x 8": 3,
+        "8 x 4": 1,
+    }
+    assert all(taken >= 0 for _, taken in found.values())
+    moved = [p.grad is not None for p in matrices]
+    assert moved == [True, False, True, False]
