@@ -84,16 +84,16 @@ class NotFinite(ValueError):
 
 def keep_old_rows(model):
     """Take the gradient from each row of the table of tokens but the two new ones."""
-    for table, rows in trained_rows(model).items():
-        if table.grad is None:
+    for weight, rows in trained_rows(model).items():
+        if weight.grad is None:
             continue
-        if whole(table) is table:
-            kept = table.grad[rows]  # (2, d_txt), a copy
-            table.grad.zero_()[rows] = kept
+        if whole(weight) is weight:
+            kept = weight.grad[rows]  # (2, d_txt), a copy
+            weight.grad.zero_()[rows] = kept
         else:  # of a table in parts the rows have other numbers
-            old = torch.ones(len(table), 1, dtype=torch.bool)  # (vocab, 1)
+            old = torch.ones(len(weight), 1, dtype=torch.bool)  # (vocab, 1)
             old[rows] = False
-            table.grad.masked_fill_(spread(old, table), 0.0)
+            weight.grad.masked_fill_(spread(old, weight), 0.0)
 
 
 def read_batch(model, batch):
