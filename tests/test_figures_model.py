@@ -288,9 +288,9 @@ def test_a_prompt_to_build(browser, address, as_in_the_page, width):
 
     first = compare()
     assert set(first["candidates"]) >= {"a guf", "a dab"}
-    page.click("text=Shuffled texts")
+    page.click(".live button >> text=Shuffled texts")
     assert compare()["prompt"].startswith("<image>a dab<|endofchunk|><image>a guf")
-    page.click("text=As it was")
+    page.click(".live button >> text=As it was")
     assert compare() == first
     page.click(".model-place >> nth=0")
     page.click(".model-all button >> nth=4")
@@ -304,9 +304,9 @@ def test_a_prompt_to_build(browser, address, as_in_the_page, width):
     page.keyboard.press("Control+A")
     page.keyboard.press("Delete")
     page.wait_for_selector("text=Demonstration 1 has no text: type one.")
-    page.click("text=Three new words")
+    page.click(".live button >> text=Three new words")
     three = compare()
-    page.click("text=Wrong pictures")
+    page.click(".live button >> text=Wrong pictures")
     assert not set(compare()["pictures"][:3]) & set(three["pictures"])
     close(page, faults)
 
@@ -363,7 +363,7 @@ def test_where_a_word_looks(browser, address, as_in_the_page, width):
     page.fill("#live-text", "a dax below a saxophone")
     page.wait_for_selector(".model-words button:text('saxophone')")
     compare(layer=3, head=1)
-    page.click("text=What the model writes")
+    page.click(".live button >> text=What the model writes")
     page.wait_for_function(
         "!document.querySelector('#live-text').value.includes('dax')"
     )

@@ -204,7 +204,7 @@
     let cards = [], chosen = 0, right = []; // cards: {one, text}, the last without a text; right: before it was spoilt
     const said = make("p", { role: "status", className: "live-quiet" }), work = worker(element, said);
     const blank = { name: "a blank picture", src: (() => {
-      const canvas = make("canvas", { width: 64, height: 64 }), ink = canvas.getContext("2d");
+      const canvas = make("canvas", { width: 64, height: 64 }), ink = canvas.getContext("2d", { willReadFrequently: true });
       ink.fillStyle = "#fff";
       ink.fillRect(0, 0, 64, 64);
       return canvas.toDataURL();

@@ -638,7 +638,7 @@
     const side = Math.sqrt(map.length), top = Math.max(...map, 1e-9), pixels = new ImageData(side, side);
     map.forEach((value, p) => pixels.data.set([214, 51, 108, Math.round((235 * value) / top)], 4 * p));
     Object.assign(canvas, { width: side, height: side }); // and that clears it
-    canvas.getContext("2d").putImageData(pixels, 0, 0);
+    canvas.getContext("2d", { willReadFrequently: true }).putImageData(pixels, 0, 0);
   }
 
   window.flamingoLite = {
