@@ -27,6 +27,7 @@ from flamingo_lite import (
     run_settings,
     save_checkpoint,
     schedule,
+    steps,
     train,
     trained_rows,
     training,
@@ -134,7 +135,7 @@ def test_only_the_two_new_rows_move(make_model, change):
 
 def test_the_faults_of_these_tests_move_all_rows(make_model, monkeypatch):
     """Without the guard: or the test above would pass anyway."""
-    monkeypatch.setattr(training, "keep_old_rows", lambda model: None)
+    monkeypatch.setattr(steps, "keep_old_rows", lambda model: None)
     model, _, tokenizer = make_model()
     before = tables_of(no_hooks(model))
     go((model, None, tokenizer))

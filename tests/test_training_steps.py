@@ -30,6 +30,7 @@ from flamingo_lite import (
     orthogonalise,
     read_checkpoint,
     save_flamingo,
+    steps,
     train,
     trained_tensors,
     training,
@@ -72,7 +73,8 @@ def losses_of(history):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Nothing is read but at a report, as on a device where reading costs."""
-    monkeypatch.setattr(training, "is_read_at_once", lambda device: False)
+    for module in (steps, training):
+        monkeypatch.setattr(module, "is_read_at_once", lambda device: False)
 
 
 # --------------------------------------------------------- nothing is read in between
