@@ -122,7 +122,7 @@ def complaints_about_exercises(notebook):
             found.append(f"proof: the solution of {number} asserts nothing")
         hole = HOLE.search(stub.source) if stub is not None else None
         check = stub.source[hole.end() :] if hole else ""
-        behind = re.split(r"^if .*:$", check, maxsplit=1, flags=re.M)[1:]
+        behind = re.split(r"^ *if .*:$", check, maxsplit=1, flags=re.M)[1:]
         if not PROOF.search("".join(behind)):
             found.append(f"stub: {number} wants a hole, and an assert behind `if`")
     return found
