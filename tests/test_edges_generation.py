@@ -809,7 +809,7 @@ def test_what_may_follow_is_asked_by_row(small, pictures, options):
         {"generation_config": GenerationConfig(num_beams=2)},
         {"streamer": Count([])},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )
 def test_a_stream_is_one_text(small, pictures, options):
     with pytest.raises(ValueError, match="stream"):
