@@ -19,12 +19,12 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: book test test-smol test-colab clean
 
 book: $(READY)
-	$(RUN) tools/build.py --run
+	$(RUN) tools/book/build.py --run
 
 test: $(READY)
-	$(RUN) tools/sync.py --check
+	$(RUN) tools/book/sync.py --check
 	$(RUN) -m ruff check .
-	$(RUN) tools/build.py
+	$(RUN) tools/book/build.py
 	$(RUN) tests/offline.py _build/html
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile
 

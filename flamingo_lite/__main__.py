@@ -1,4 +1,4 @@
-"""`python -m flamingo_lite` is the command line of cli.py. Written by tools/sync.py."""
+"""`python -m flamingo_lite` is the command line of cli.py. By tools/book/sync.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/08d_batches.ipynb.
+# Written by tools/book/sync.py from book/08d_batches.ipynb.
 # Edit the notebook, not this file.
 """Which pictures and texts are in the batch of a step, and the batch itself."""
 

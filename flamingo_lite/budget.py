@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/12_real_one.ipynb.
+# Written by tools/book/sync.py from book/12_real_one.ipynb.
 # Edit the notebook, not this file.
 """What a training needs, memory, disk and arithmetic, from shapes alone.
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/07c_feature_cache.ipynb.
+# Written by tools/book/sync.py from book/07c_feature_cache.ipynb.
 # Edit the notebook, not this file.
 """Features on disk: what the vision encoder made of each picture, in a folder.
 

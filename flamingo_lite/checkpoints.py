@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/08b_checkpoints.ipynb.
+# Written by tools/book/sync.py from book/08b_checkpoints.ipynb.
 # Edit the notebook, not this file.
 """Checkpoints: written whole or not at all, read with suspicion, resumed exactly."""
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/C_command_line.ipynb.
+# Written by tools/book/sync.py from book/C_command_line.ipynb.
 # Edit the notebook, not this file.
 """The command line: train, caption, score and info.
 

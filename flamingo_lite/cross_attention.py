@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/03_cross_attention.ipynb.
+# Written by tools/book/sync.py from book/03_cross_attention.ipynb.
 # Edit the notebook, not this file.
 """Masked cross-attention: text tokens ask, image latents answer.
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/07_data.ipynb.
+# Written by tools/book/sync.py from book/07_data.ipynb.
 # Edit the notebook, not this file.
 """Pictures with text: caption folders, scenes, interleaving, batches, cached features.
 

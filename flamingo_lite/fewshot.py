@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/10_few_shot.ipynb.
+# Written by tools/book/sync.py from book/10_few_shot.ipynb.
 # Edit the notebook, not this file.
 """Few-shot prompts: demonstrations with pictures, their controls, and scores.
 

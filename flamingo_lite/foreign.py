@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/E_loading.ipynb.
+# Written by tools/book/sync.py from book/E_loading.ipynb.
 # Edit the notebook, not this file.
 """What others saved: language models, tokenizers, folders, checkpoints.
 

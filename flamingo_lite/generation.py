@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/08_generation.ipynb.
+# Written by tools/book/sync.py from book/08_generation.ipynb.
 # Edit the notebook, not this file.
 """Generation: prompts, captions, words as they come, scores of given answers.
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/04_flamingo_layer.ipynb.
+# Written by tools/book/sync.py from book/04_flamingo_layer.ipynb.
 # Edit the notebook, not this file.
 """Flamingo layers: put a gated cross-attention block before a frozen decoder layer."""
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/05b_loading.ipynb.
+# Written by tools/book/sync.py from book/05b_loading.ipynb.
 # Edit the notebook, not this file.
 """Build a Flamingo from names, save what was trained, load it where it belongs.
 

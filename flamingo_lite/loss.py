@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/06_loss.ipynb.
+# Written by tools/book/sync.py from book/06_loss.ipynb.
 # Edit the notebook, not this file.
 """The shifted loss: every token is asked to predict the next one.
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/05_model.ipynb.
+# Written by tools/book/sync.py from book/05_model.ipynb.
 # Edit the notebook, not this file.
 """The whole model: vision encoder, Perceiver and a language model of Flamingo layers.
 

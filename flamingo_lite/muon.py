@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/D_muon.ipynb.
+# Written by tools/book/sync.py from book/D_muon.ipynb.
 # Edit the notebook, not this file.
 """Muon: an optimizer for matrices whose steps are equally long in all directions."""
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/02_perceiver.ipynb.
+# Written by tools/book/sync.py from book/02_perceiver.ipynb.
 # Edit the notebook, not this file.
 """Perceiver Resampler: any number of visual tokens in, n latents out.
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/11_looking_inside.ipynb.
+# Written by tools/book/sync.py from book/11_looking_inside.ipynb.
 # Edit the notebook, not this file.
 """Looking inside: which patches a word looks at, and what covering them does.
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/08c_precision.ipynb.
+# Written by tools/book/sync.py from book/08c_precision.ipynb.
 # Edit the notebook, not this file.
 """Numbers of 16 bits: where they are chosen, what must stay in 32, and a scaled loss.
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/07d_shards.ipynb.
+# Written by tools/book/sync.py from book/07d_shards.ipynb.
 # Edit the notebook, not this file.
 """Shards: tar archives of pictures with their texts, read from end to end.
 

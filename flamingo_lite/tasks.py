@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/07b_tasks.ipynb.
+# Written by tools/book/sync.py from book/07b_tasks.ipynb.
 # Edit the notebook, not this file.
 """Tasks beyond captions: questions about a picture, and stories of several pictures.
 

@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/09_training.ipynb.
+# Written by tools/book/sync.py from book/09_training.ipynb.
 # Edit the notebook, not this file.
 """Together: one training in several processes, by Hugging Face's Accelerate.
 

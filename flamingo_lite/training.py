@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/09_training.ipynb.
+# Written by tools/book/sync.py from book/09_training.ipynb.
 # Edit the notebook, not this file.
 def _check_numbers(lr, gate_factor, **counts):
     """Raise ValueError for a number that `train` cannot use."""

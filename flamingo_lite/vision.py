@@ -1,4 +1,4 @@
-# Written by tools/sync.py from book/01_clip_features.ipynb.
+# Written by tools/book/sync.py from book/01_clip_features.ipynb.
 # Edit the notebook, not this file.
 """CLIP features: pictures in, one vector per patch out.
 

@@ -12,12 +12,11 @@ from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import atlas
-from make_pictures import is_trained_artist
+sys.path.insert(0, str(ROOT))
 
 from flamingo_lite import draw_scene
+from tools.weights import atlas
+from tools.weights.make_pictures import is_trained_artist
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def test_nobody_kept_for_a_test_is_in_the_training(rows):
 
 
 def test_the_listing_is_what_hands_json_says(rows):
-    hands = json.loads((ROOT / "tools" / "hands.json").read_text())
+    hands = json.loads((ROOT / "tools" / "weights" / "hands.json").read_text())
     icons = sum(len(i) for s in hands["icon sets"].values() for i in s.values())
     art = [
         artist

@@ -52,8 +52,8 @@ def address(owner="somebody"):
 
 
 def setup_cell(owner="somebody"):
-    """The setup cell with the book's own address, as tools/sync.py writes it."""
-    template = runpy.run_path(str(ROOT / "tools" / "sync.py"))["SETUP"]
+    """The setup cell with the book's own address, as tools/book/sync.py writes it."""
+    template = runpy.run_path(str(ROOT / "tools" / "book" / "sync.py"))["SETUP"]
     repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
     return template.format(**repository | {"url": address(owner)})
 

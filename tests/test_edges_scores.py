@@ -331,10 +331,9 @@ def test_occlusion_of_a_token_that_is_not_there(small):
 
 def test_the_cover_exchanges_one_thing_and_leaves_the_rest(monkeypatch):
     """Its lower row is a picture of its own, the same but for the last thing."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import make_cover
-
+    monkeypatch.syspath_prepend(ROOT)
     from flamingo_lite import is_held_out, load_captions, load_sprites
+    from tools.book import make_cover
 
     rows = [row for row in load_captions(ROOT / "data" / "emoji") if row["named"]]
     rows = [row for row in rows if row["trained"]]

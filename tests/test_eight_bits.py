@@ -19,8 +19,8 @@ from flamingo_lite import (
     trained_tensors,
 )
 
-sys.path.insert(0, str(ROOT / "tools"))
-from shrink import shrink
+sys.path.insert(0, str(ROOT))
+from tools.weights.shrink import shrink
 
 WEIGHTS = "flamingo.safetensors"
 

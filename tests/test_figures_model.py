@@ -15,13 +15,12 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "tools"))
-import export_play
-import lessons
-
+sys.path.insert(0, str(ROOT))
 from flamingo_lite import build_flamingo, caption, collate, score_candidates
 from flamingo_lite.plots import attention_maps
 from flamingo_lite.training import caption_losses
+from tools.book import export_play
+from tools.weights import lessons
 
 tiny, as_in_the_page = test_play.tiny, test_play.as_in_the_page
 STATIC = ROOT / "book" / "_static"
@@ -90,7 +89,9 @@ def address(request, folder):
             for file in [STATIC / script]
         )
         if not (same and page.is_file() and f'figure="{name}"' in page.read_text()):
-            pytest.skip("the book is not rendered from these scripts: tools/build.py")
+            pytest.skip(
+                "the book is not rendered from these scripts: tools/book/build.py"
+            )
         return page.as_uri()
 
     return of_chapter

@@ -14,11 +14,10 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import get_captions
+sys.path.insert(0, str(ROOT))
 
 from flamingo_lite import cache_features, load_captions, merge_captions
+from tools.weights import get_captions
 
 quiet = partial(print, file=io.StringIO())
 

@@ -12,12 +12,11 @@ from PIL import Image
 from flamingo_lite import encode_pictures, make_counts, make_scenes
 from flamingo_lite.tasks import NUMBERS
 
-sys.path.insert(0, str(ROOT / "tools"))
-import compare_data
-import hands
-import measure_captions
-from atlas import compose, free_numbers, read_rows
-from lessons import Lessons, encode_tensors
+sys.path.insert(0, str(ROOT))
+from tools.measure import compare_data, measure_captions
+from tools.weights import hands
+from tools.weights.atlas import compose, free_numbers, read_rows
+from tools.weights.lessons import Lessons, encode_tensors
 
 THINGS = ("fox", "lemon", "bus", "owl", "guitar", "cactus", "frog", "key")
 DATA = ROOT / "data"

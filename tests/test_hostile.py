@@ -1,7 +1,8 @@
 """Pictures, captions and checkpoints that mean harm: a result or a clear error.
 
 Never a hang, a silent wrong answer, or code that runs. What test_data.py, test_model.py
-and test_training.py try already is not repeated here; tools/fuzz.py tries the rest.
+and test_training.py try already is not repeated here; tools/measure/fuzz.py tries
+the rest.
 """
 
 import contextlib
@@ -780,7 +781,7 @@ def test_rates_in_a_checkpoint_are_not_believed(resume):
 
 
 def test_the_fuzzer_finds_nothing_in_its_first_inputs():
-    script = str(ROOT / "tools" / "fuzz.py")
+    script = str(ROOT / "tools" / "measure" / "fuzz.py")
     call = [sys.executable, script, "--inputs", "300", "--seed", "1"]
     done = subprocess.run(call, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

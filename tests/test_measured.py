@@ -1,6 +1,6 @@
 """The tools that measure: they run in their smallest form; pages show their files."""
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -18,14 +18,17 @@ MEASURED = {
 
 def tool(name):
     """A script of tools/, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"tools.{path_of(name).parent.name}.{name}")
+
+
+def path_of(name):
+    """Where a script lies, in one of the rooms of tools/."""
+    (path,) = (ROOT / "tools").glob(f"*/{name}.py")
+    return path
 
 
 def call_tool(name, *words):
-    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, words)]
+    command = [sys.executable, path_of(name), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     return done.returncode, done.stdout, done.stderr
 

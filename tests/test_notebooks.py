@@ -139,7 +139,7 @@ def test_exercises_have_one_form(path):
 
 def test_modules_and_setup_cells_are_in_step():
     done = subprocess.run(
-        [sys.executable, "tools/sync.py", "--check"],
+        [sys.executable, "tools/book/sync.py", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -268,9 +268,11 @@ def test_a_planted_fault_of_form_is_found(fault):
     FORM_FAULTS[fault](notebook)
     found = complaints_about_exercises(notebook)
     assert any(complaint.startswith(fault) for complaint in found)
+
+
 def test_a_cell_may_go_to_a_second_module(tmp_path):
-    sys.path.insert(0, str(ROOT / "tools"))
-    import sync
+    sys.path.insert(0, str(ROOT))
+    from tools.book import sync
 
     sources = [
         "#| default_exp one",

@@ -23,12 +23,11 @@ from docutils.utils import new_document
 from PIL import Image
 from test_play import CHROMIUM, sync_playwright, watched
 
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "book"), str(ROOT / "book" / "_ext")]
+sys.path[:0] = [str(ROOT), str(ROOT / "book"), str(ROOT / "book" / "_ext")]
 import figures
 import flamingo_book
-import pages
-import screenshots
-import sync
+
+from tools.book import pages, screenshots, sync
 
 try:
     import axe_playwright_python
@@ -203,7 +202,7 @@ def test_the_landing_page_has_the_losses_of_chapter_9():
 
 
 def cover_numbers():
-    """What tools/make_cover.py counted when it drew the cover; None before that."""
+    """What tools/book/make_cover.py counted as it drew the cover; None before that."""
     path = BOOK / "images" / "cover.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -211,7 +210,9 @@ def cover_numbers():
 def test_the_landing_page_has_the_numbers_of_its_picture():
     page, numbers = (BOOK / "intro.md").read_text(), cover_numbers()
     if numbers is None:
-        pytest.skip("no cover.json: run tools/make_cover.py and tools/sync.py")
+        pytest.skip(
+            "no cover.json: run tools/book/make_cover.py and tools/book/sync.py"
+        )
     assert page == pages.stamp_cover(page, numbers)
     assert sum(test["pictures"] for test in numbers["tests"].values()) == 24
     said = re.search(r"<!-- cover -->(.*)<!-- /cover -->", page)[1]
@@ -230,8 +231,8 @@ def test_the_numbers_of_the_cover_are_put_in():
 
 
 def test_the_cover_is_drawn_by_lot(monkeypatch):
-    import make_cover
-    from hands import CLIP_ART
+    from tools.book import make_cover
+    from tools.weights.hands import CLIP_ART
 
     chosen = make_cover.choose(make_cover.all_rows(), seed=0)
     assert [len(scenes) for scenes in chosen.values()] == [6, 6, 6, 6]
@@ -515,10 +516,14 @@ class Rendered(HTMLParser):
 def rendered():
     """{page: Rendered} of the book in _build/html."""
     if not (HTML / "index.html").is_file():
-        pytest.skip("no rendered book: run tools/build.py, then its pages are tested")
+        pytest.skip(
+            "no rendered book: run tools/book/build.py, then its pages are tested"
+        )
     newest = max(path.stat().st_mtime for path in BOOK.rglob("*.[mic][dps]*"))
     if newest > (HTML / "index.html").stat().st_mtime:
-        pytest.skip("the rendered book is older than its sources: run tools/build.py")
+        pytest.skip(
+            "the rendered book is older than its sources: run tools/book/build.py"
+        )
     return {path: Rendered(path) for path in sorted(HTML.rglob("*.html"))}
 
 

@@ -15,9 +15,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "tools"))
-import export_play
-
+sys.path.insert(0, str(ROOT))
 from flamingo_lite import (
     caption,
     load_captions,
@@ -27,6 +25,7 @@ from flamingo_lite import (
 )
 from flamingo_lite.fewshot import group_scenes, naming_episode
 from flamingo_lite.plots import attention_maps
+from tools.book import export_play
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 CHROMIUM = CHROMIUM or shutil.which("google-chrome")
@@ -358,7 +357,7 @@ def address(request, folder):
         for name in ours
     )
     if not same:
-        pytest.skip("the book is not rendered from these scripts: tools/build.py")
+        pytest.skip("the book is not rendered from these scripts: tools/book/build.py")
     return page.as_uri()
 
 

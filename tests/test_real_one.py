@@ -34,7 +34,7 @@ from flamingo_lite import (
 )
 from flamingo_lite.budget import PRECISIONS
 
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT))
 
 NARROW = """
 import sys
@@ -60,7 +60,7 @@ for number, cell in enumerate(cells):
 print("END", RUN, N_STEPS, len(history), sorted(scores))
 """
 SMALL_OPT = """
-import rehearsal
+from tools.measure import rehearsal
 whole = rehearsal.write_random_opt
 sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32}
 sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -78,8 +78,7 @@ def run_chapter(tmp_path, before="", **environment):
     """Run all cells of the chapter at a narrow size; what was printed."""
     head = NARROW.format(tests=str(ROOT / "tests"), cells=code_cells())
     script = tmp_path / "chapter.py"
-    tools = f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
-    script.write_text(head + tools + before + RUN)
+    script.write_text(head + before + RUN)
     done = subprocess.run(
         [sys.executable, script],
         cwd=ROOT / "book",
@@ -126,7 +125,7 @@ def test_the_real_thing_against_a_stand_in_hub(tmp_path):
 
 
 def call_tool(name, *words, cwd=None):
-    command = [sys.executable, ROOT / "tools" / name, *map(str, words)]
+    command = [sys.executable, ROOT / "tools" / "measure" / name, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
     return done.returncode, done.stdout, done.stderr
 
@@ -165,7 +164,7 @@ def test_a_big_folder_overwrites_nothing(tmp_path):
 @pytest.fixture(scope="module")
 def paper_like(tmp_path_factory):
     """A narrow model with the paper's 224 pixels, 256 tokens and table of 50,267."""
-    from rehearsal import write_random_opt
+    from tools.measure.rehearsal import write_random_opt
 
     folder = tmp_path_factory.mktemp("paper")
     config = {**CLIP_CONFIG, "model_cfg": dict(CLIP_CONFIG["model_cfg"])}

@@ -259,7 +259,7 @@ def test_benchmark_runs():
     """The tool in its smallest form: a Markdown table with a row for each case."""
     if importlib.util.find_spec("open_flamingo") is None:
         pytest.skip("open-flamingo is not here")
-    command = [sys.executable, str(ROOT / "tools" / "benchmark.py")]
+    command = [sys.executable, str(ROOT / "tools" / "measure" / "benchmark.py")]
     command += ["--smallest", "--busy", "step", "growth"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -16,8 +16,8 @@ from flamingo_lite import (
     score_captions,
 )
 
-sys.path.insert(0, str(ROOT / "tools"))
-from hands import CLIP_ART, sets_to_test
+sys.path.insert(0, str(ROOT))
+from tools.weights.hands import CLIP_ART, sets_to_test
 
 
 @pytest.fixture(scope="module")

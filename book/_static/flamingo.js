@@ -2,7 +2,7 @@
 //
 // Functions are named as in Python; beside each stands the page that explains it. A matrix is
 // {rows, width, data}, row after row. Weights come from flamingo_weights.js, which
-// tools/export_play.py writes. It is a classic script: modules do not start from file://.
+// tools/book/export_play.py writes. It is a classic script: modules do not start from file://.
 //
 //   await flamingoLite.ready                          loads the weights when first asked for
 //   await flamingoLite.caption([canvas], "<image>")   what the model writes

@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+"""Run notebooks from top to bottom and store their outputs, 1..N, without time stamps.
+
+python tools/book/run_notebooks.py                   all of book/, in order
+python tools/book/run_notebooks.py book/03_*.ipynb   these
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools import ROOT
+
+
+def run(path):
+    """Execute one notebook in its own folder and write it back.
+
+    Error cells must be tagged.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    client = NotebookClient(
+        notebook,
+        timeout=3600,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        store_widget_state=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.execute()
+    notebook.metadata.language_info = {"name": "python"}
+    notebook.metadata.kernelspec = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
+    nbformat.write(notebook, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="*", type=Path)
+    parser.add_argument("--times", type=Path, help="a file for the seconds of each")
+    args = parser.parse_args()
+    paths = args.notebooks or sorted((ROOT / "book").glob("[0-9A-Z]*.ipynb"))
+    seconds = {}
+    os.environ.setdefault("FLAMINGO_LITE_SIZE", "tiny")
+    for path in paths:
+        started = time.perf_counter()
+        try:
+            run(path)
+        except CellExecutionError as error:
+            sys.exit(f"{path.name}: {error}")
+        seconds[path.name] = time.perf_counter() - started
+        print(f"{path.name}: {seconds[path.name]:.0f} s", flush=True)
+    if args.times:
+        args.times.write_text(json.dumps(seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+#!/usr/bin/env python3
+"""Compare Muon with AdamW: what each learns, and what a step of each costs.
+
+    python tools/measure/compare_optimizers.py
+        three minutes on two cores
+    python tools/measure/compare_optimizers.py --size paper
+        ten minutes there
+
+The first trains the tiny Flamingo for 200 steps with each: same start, same batches.
+Prints the mean loss of each fifth of the run, the pace, and how many of 200 new
+pictures of single things are named right.
+
+The second takes the matrices that a Flamingo of CLIP ViT-L-14 and OPT-125m trains, with
+random numbers in them and in their gradients, and measures one step of each optimizer,
+and forward and backward of the model beside it: interleaved, medians. A CPU without
+half-precision arithmetic takes minutes for a step of Muon in it, so there one matrix of
+each shape is measured, once, and counted as often as it occurs. It writes them as JSON,
+data/optimizers.json, with what they were measured on. Time a step is all that this
+measures: who gets furthest in an hour at this size, only a real training tells.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from flamingo_lite import (
+    Flamingo,
+    FlamingoLMMixin,
+    Muon,
+    build_flamingo,
+    caption,
+    choose_device,
+    choose_precision,
+    describe_device,
+    encode_pictures,
+    extend_instance,
+    load_captions,
+    make_scenes,
+    parameter_groups,
+    score_captions,
+    train,
+)
+from tools import ROOT
+
+
+def learn(scenes, steps, seed):
+    """What each optimizer learns in so many steps, on the tiny Flamingo."""
+    rows = [row for row in load_captions(ROOT / "data" / "emoji") if row["named"]]
+    rows = [row for row in rows if row["trained"]]
+    scenes = make_scenes(rows, scenes, seed=1)
+    test = make_scenes(rows, 200, seed=5, pairs=0.0)
+    for name, with_muon in (("Muon", True), ("AdamW", False)):
+        torch.manual_seed(seed)
+        model, image_processor, tokenizer = build_flamingo("tiny")
+        model = model.to(choose_device())
+        features, unseen = (
+            encode_pictures(
+                model.vision_encoder, image_processor, [s["picture"] for s in some]
+            )
+            for some in (scenes, test)
+        )
+        started = time.perf_counter()
+        history = train(
+            model,
+            tokenizer,
+            features,
+            [scene["text"] for scene in scenes],
+            n_steps=steps,
+            with_muon=with_muon,
+            seed=seed,
+            report=lambda line: None,
+        )
+        pace = (time.perf_counter() - started) / steps
+        losses = torch.tensor([entry["loss"] for entry in history])
+        fifths = [f"{part.mean():.2f}" for part in losses.chunk(5)]
+        captions = caption(model, image_processor, tokenizer, unseen)
+        exact = score_captions(captions, test)["exact"]
+        print(f"{name:6s} loss {' '.join(fifths)}  {pace:.2f} s/step", flush=True)
+        print(f"{name:6s} named right {sum(exact) / len(exact):.1%}", flush=True)
+
+
+def paper_model(device):
+    """A Flamingo of the paper's sizes, random weights, without its vision encoder."""
+    torch.manual_seed(0)
+    lm = OPTForCausalLM(OPTConfig(vocab_size=50267)).requires_grad_(False)
+    extend_instance(lm, FlamingoLMMixin)
+    lm.set_decoder_layers_attr_name("model.decoder.layers")
+    nothing = SimpleNamespace(visual=torch.nn.Identity())
+    return Flamingo(nothing, lm, 50265, 50266, vis_dim=1024).to(device).train()
+
+
+def flop_of_rounds(matrices, rounds=5):
+    """Products in the rounds of `orthogonalise`, in floating point operations."""
+    total = 0
+    for p in matrices:
+        rows, columns = p.shape
+        blocks = 3 if rows == 3 * columns else 1
+        short, long = sorted((rows // blocks, columns))
+        total += blocks * rounds * (4 * short**2 * long + 2 * short**3)
+    return total
+
+
+def optimizers_for(matrices):
+    """{name: optimizer}, all of the same matrices, on which they step in turn."""
+    return {
+        "AdamW, fused": torch.optim.AdamW(matrices, lr=1e-3, fused=True),
+        "Muon, float32": Muon(matrices, lr=1e-3),
+    }
+
+
+def half_optimizers(matrices):
+    """The same of those whose rounds are in half precision."""
+    made = {
+        "Muon, bfloat16": Muon(matrices, lr=1e-3, dtype=torch.bfloat16),
+        "PyTorch's Muon": torch.optim.Muon(matrices, lr=1e-3),
+    }
+    if matrices[0].is_cuda:
+        made["Muon, float16"] = Muon(matrices, lr=1e-3, dtype=torch.float16)
+    return made
+
+
+def step_by_shape(matrices, name):
+    """Seconds of a step of a half-precision optimizer: {shape: (how many, of one)}."""
+    found = {}
+    for p in matrices:
+        same = [q for q in matrices if q.shape == p.shape]
+        if p is not same[0]:
+            continue
+        p.grad = torch.randn_like(p)
+        taken = seconds(half_optimizers([p])[name].step, p.device)
+        found[" x ".join(map(str, p.shape))] = len(same), round(taken, 4)
+    return found
+
+
+def seconds(what, device):
+    """How long a call takes, with what it left in a GPU's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    what()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(batch_size, repeats, T_txt, layers=None):
+    """Seconds of a step of each optimizer, and of forward and backward: dict."""
+    device = choose_device()
+    model = paper_model(device)
+    _, matrices, _ = parameter_groups(model, 1e-3)
+    matrices = matrices["params"][:layers]
+    optimizers = optimizers_for(matrices)
+    if matrices[0].is_cuda:
+        optimizers |= half_optimizers(matrices)
+    gradients = [torch.randn_like(p) for p in matrices]
+    ids = torch.randint(2, 50000, (batch_size, T_txt), device=device)  # (B, T_txt)
+    ids[:, 0] = 50266
+    patches = torch.randn(batch_size, 1, 1, 256, 1024, device=device)
+
+    def forward_and_backward():
+        model.zero_grad()  # gradients are made anew, those above stay
+        half = choose_precision(device) != "float32"
+        with torch.autocast(device.type, enabled=half):
+            loss = model(None, ids, labels=ids, vision_features=patches).loss
+        loss.backward()
+
+    def step_of(optimizer):
+        for p, gradient in zip(matrices, gradients, strict=True):
+            p.grad = gradient
+        optimizer.step()
+
+    calls = {name: partial(step_of, o) for name, o in optimizers.items()}
+    calls["forward and backward"] = forward_and_backward
+    taken = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            taken[name].append(seconds(call, device))
+    medians = {n: round(statistics.median(t[1:]), 4) for n, t in taken.items()}
+    by_shape = {}
+    if not matrices[0].is_cuda:
+        by_shape = step_by_shape(matrices, "Muon, bfloat16")
+        whole = sum(count * one for count, one in by_shape.values())
+        medians["Muon, bfloat16, by shape"] = round(whole, 4)
+    return {
+        "device": describe_device(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "matrices": len(matrices),
+        "numbers": sum(p.numel() for p in matrices),
+        "GFLOP of rounds": round(flop_of_rounds(matrices) / 1e9),
+        "batch": {"B": batch_size, "T_img": 1, "T_txt": T_txt},
+        "repeats": repeats,
+        "seconds": medians,
+        "how many, and a step of one": by_shape,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=("tiny", "paper"), default="tiny")
+    parser.add_argument("--scenes", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=4, help="paper")
+    parser.add_argument("--text", type=int, default=32, help="paper: tokens in a row")
+    parser.add_argument("--repeats", type=int, default=3, help="paper")
+    parser.add_argument("--matrices", type=int, help="paper: only so many, for a look")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "optimizers.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    if args.size == "tiny":
+        return learn(args.scenes, args.steps, args.seed)
+    found = measure(args.batch_size, args.repeats, args.text, args.matrices)
+    args.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
