@@ -4,7 +4,9 @@ A tower that counts what it is given stands in for CLIP where CLIP is not the po
 Whoever must die does so by SIGKILL, in a process of its own.
 """
 
+import ctypes
 import errno
+import gc
 import inspect
 import multiprocessing
 import os
@@ -623,6 +625,8 @@ def peak(function):
     """By how many bytes a process of its own grows at most while it runs this."""
 
     def run(pipe):
+        gc.collect()  # what earlier tests left must not be given back meanwhile
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
         pipe.send(function())
 
     context = multiprocessing.get_context("fork")

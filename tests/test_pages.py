@@ -673,6 +673,9 @@ AXE_RUN = """async (code) => {
   if (!code) all("div.highlight pre", (pre) => pre.remove());
   all("article details", (folded) => { folded.open = true; });
   await new Promise((done) => setTimeout(done, 100)); // book.js has seen what slides
+  const fades = document.getAnimations() // what opens fades in
+  fades.filter((fade) => isFinite(fade.effect.getComputedTiming().endTime))
+    .forEach((fade) => fade.finish());
   const found = await axe.run(document, {
     runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"],
     resultTypes: ["violations"], preload: false });
