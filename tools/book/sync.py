@@ -55,7 +55,8 @@ if os.path.exists("book/figures.py"):  # an editor that starts in the clone itse
 if "google.colab" in sys.modules and not os.path.exists("figures.py"):
     book = "{url}"
     if "/OWNER/" in book:
-        raise SystemExit("in a clone: tools/book/sync.py --repository OWNER/NAME")
+        stamp = "python tools/book/sync.py --repository OWNER/NAME"
+        raise SystemExit(f"in a clone: {{stamp}}")
     clone = f"git clone -q --depth=1 --branch={branch} {{book}} flamingo_lite"
     if not os.path.exists("flamingo_lite"):
         subprocess.run(clone, shell=True, check=True)

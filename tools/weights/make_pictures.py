@@ -17,8 +17,13 @@ shows what was found by name and then by looking: `tools/weights/hands.json`.
 import argparse
 import io
 import json
+import sys
 import zlib
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools import ROOT
 
 SIZE = 64  # pixels; drawings are fitted into a square
 
@@ -237,7 +242,7 @@ def write_listing(out, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("icons", nargs="?", type=Path, help="the @iconify-json folder")
-    parser.add_argument("--out", type=Path, default=Path("data"))
+    parser.add_argument("--out", type=Path, default=ROOT / "data")
     parser.add_argument(
         "--packages", action="store_true", help="print the npm packages"
     )
