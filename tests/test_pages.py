@@ -24,6 +24,7 @@ from PIL import Image
 from test_play import CHROMIUM, sync_playwright, watched
 
 sys.path[:0] = [str(ROOT), str(ROOT / "book"), str(ROOT / "book" / "_ext")]
+import book_links
 import figures
 import flamingo_book
 
@@ -557,6 +558,21 @@ def test_every_word_of_the_glossary_is_linked(rendered):
         if not any(f"term-{word.replace(' ', '-')}" in linked for word in words)
     ]
     assert lonely == []
+
+
+def test_every_file_that_is_named_is_linked(rendered):
+    code = re.compile(
+        r'(<a [^>]*>)?<code [^>]*><span class="pre">([^<]+)</span></code>'
+    )
+    named = [
+        (path.stem, name, link)
+        for path in rendered
+        if path.parent.name == "book"
+        for link, name in code.findall(path.read_text(encoding="utf-8"))
+        if book_links.file_meant(name)
+    ]
+    assert len(named) > 50
+    assert [(stem, name) for stem, name, link in named if not link] == []
 
 
 def test_a_page_without_a_formula_loads_no_mathjax(rendered):

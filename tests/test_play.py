@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("play")
     size, _ = export_play.write_weights(folder / "flamingo_weights.js")
     assert size <= 16_000_000
-    for name in ("flamingo.js", "play.js", "book.css"):
+    for name in ("flamingo.js", "figures.js", "play.js", "book.css"):
         if (STATIC / name).is_file():
             shutil.copy(STATIC / name, folder)
     (folder / "plain.html").write_text(PLAIN)
@@ -341,7 +341,8 @@ def test_pictures_and_places_must_agree(plain, scenes):
 BARE = """<!doctype html><html lang=en><meta charset=utf-8><title>Play</title>
 <meta name=viewport content="width=device-width"><link rel=stylesheet href=book.css>
 <main><h1>Play</h1><div id=play class=play hidden></div></main>
-<script src=flamingo.js></script><script src=play.js></script></html>"""
+<script src=flamingo.js></script><script src=figures.js></script>
+<script src=play.js></script></html>"""
 
 
 @pytest.fixture(scope="module", params=["bare", "rendered"])
@@ -351,7 +352,7 @@ def address(request, folder):
         (folder / "bare.html").write_text(BARE)
         return (folder / "bare.html").as_uri()
     html = ROOT / "_build" / "html"
-    page, ours = html / "book" / "play.html", ("flamingo.js", "play.js")
+    page, ours = html / "book" / "play.html", ("flamingo.js", "figures.js", "play.js")
     same = page.is_file() and all(
         (html / "_static" / name).read_bytes() == (STATIC / name).read_bytes()
         for name in ours

@@ -1,8 +1,8 @@
 """Sphinx glue of this book.
 
 Badges on exported cells, folded set-up, plots and answers, numbered captions, one copy
-of thebe's script, docstrings as they are written here, the map with its links, words of
-the glossary, a description of each page, citations in the chapters' style.
+of thebe's script, docstrings as they are written here, the map with its links, a
+description of each page, citations in the chapters' style.
 """
 
 import ast
@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import book_links
 import pybtex.plugin
 import sphinxcontrib.bibtex.plugin
 from docutils import nodes
@@ -26,11 +27,9 @@ from sphinxcontrib.bibtex.style.referencing import BracketStyle, PersonStyle
 from sphinxcontrib.bibtex.style.referencing.author_year import AuthorYearReferenceStyle
 
 DIRECTIVE = re.compile(r"^#\|\s*(default_exp|export)\b[ \t]*(\S*)[ \t]*\n?", re.M)
-CHAPTER = re.compile(r"book/[0-9A-Z]")
 CHAPTER_NUMBER = re.compile(r"(?:Appendix )?([0-9A-Z]\w*)\. ")
 QUESTION = re.compile(r"before you (run|look)\b", re.I)
 SHORT = 5  # lines; a cell of fewer is not worth folding
-NOT_LINKED = (nodes.reference, nodes.literal, nodes.title, nodes.raw, nodes.strong)
 BOOK = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BOOK.parent))  # autodoc imports flamingo_lite from here
 
@@ -251,19 +250,6 @@ def no_strangers(app, config):
     config.nitpick_ignore_regex = [*config.nitpick_ignore_regex, (r"py:.*", r".*")]
 
 
-def no_dead_links(app, doctree):
-    """While the repository is unset, no chapter shows a link to open it in Colab."""
-    if "/OWNER/" not in app.config.html_theme_options.get("repository_url", ""):
-        return
-    for link in list(doctree.findall(nodes.reference)):
-        if "/OWNER/" in link.get("refuri", ""):
-            whole = link.parent
-            if len(whole.children) == 1 and isinstance(whole, nodes.paragraph):
-                whole.parent.remove(whole)
-            else:
-                link.replace_self(nodes.Text(link.astext()))
-
-
 def inline_map(app, doctree, docname):
     """The map stands in its page itself, so that its links can be followed."""
     for image in list(doctree.findall(nodes.image)):
@@ -341,52 +327,6 @@ def as_rst(app, what, name, obj, options, lines):
         else:
             written.append(f"        {plain(line.strip())}")
     lines[:] = written
-
-
-def glossary_words(app):
-    """{word: (page, anchor)} of the glossary, plurals too, the longest first."""
-    terms = app.env.get_domain("std").objects.items()
-    words = {}
-    for (kind, word), (page, anchor) in terms:
-        if kind == "term":
-            words |= {word: (page, anchor), f"{word}s": (page, anchor)}
-    return dict(sorted(words.items(), key=lambda item: -len(item[0])))
-
-
-def link_terms(app, doctree, docname):
-    """In a chapter, the first use of each word of the glossary leads there."""
-    words = glossary_words(app)
-    if app.builder.format != "html" or not CHAPTER.match(docname) or not words:
-        return
-    by_letters = {word.lower(): target for word, target in words.items()}
-    any_word = "|".join(map(re.escape, words))
-    pattern = re.compile(rf"(?<![\w-])({any_word})(?![\w-])", re.I)
-    done = set()
-    for text in list(doctree.findall(nodes.Text)):
-        above, node = [], text.parent
-        while node is not None:
-            above.append(node)
-            node = node.parent
-        if not any(isinstance(n, nodes.paragraph) for n in above):
-            continue
-        if any(isinstance(n, NOT_LINKED) for n in above):
-            continue
-        if any("export-badge" in n.get("classes", ()) for n in above[:-1]):
-            continue
-        pieces, place = [], 0
-        for match in pattern.finditer(text):
-            page, anchor = by_letters[match[0].lower()]
-            if anchor in done:
-                continue
-            done.add(anchor)
-            address = app.builder.get_relative_uri(docname, page) + f"#{anchor}"
-            link = nodes.reference("", match[0], refuri=address, internal=True)
-            link["classes"].append("term-link")
-            pieces += [nodes.Text(text[place : match.start()]), link]
-            place = match.end()
-        if pieces:
-            pieces.append(nodes.Text(text[place:]))
-            text.parent.replace(text, [piece for piece in pieces if piece.astext()])
 
 
 def first_words(doctree):
@@ -484,10 +424,9 @@ def setup(app):
     app.connect("doctree-read", captions)
     app.connect("doctree-read", folds)
     app.connect("doctree-read", badges)
-    app.connect("doctree-read", no_dead_links)
     app.connect("doctree-resolved", inline_map)
     app.connect("doctree-resolved", live_figures)
-    app.connect("doctree-resolved", link_terms)
+    book_links.setup(app)
     app.connect("autodoc-process-docstring", as_rst, priority=100)
     app.connect("html-page-context", one_thebe, priority=900)
     app.connect("html-page-context", no_idle_mathjax, priority=901)

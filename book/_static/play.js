@@ -4,18 +4,7 @@
   const root = document.getElementById("play");
   if (!root) return;
   const EOC = "<|endofchunk|>", IMAGE = "<image>";
-
-  function make(tag, attributes = {}, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-      else if (name in element && name !== "list") element[name] = value;
-      else element.setAttribute(name, value);
-    }
-    element.append(...children);
-    return element;
-  }
-  const button = (text, onclick, more = {}) => make("button", { type: "button", onclick, ...more }, text);
+  const { make, button } = liveFigures; // of figures.js
 
   // ---- The door: nothing is loaded before a click ----
   flamingoLite.door(root, "Load the model (15 MB)", async ({ drawings }) => {

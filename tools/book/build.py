@@ -31,7 +31,8 @@ from tools.book.pages import title_of
 BUILD = ROOT / "_build"
 MADE_WITH = """torch torchvision transformers tokenizers safetensors open_clip_torch
 einops numpy pillow matplotlib jupyter-book sphinx""".split()
-PARTS = ["_config.yml", "_toc.yml", "book", "data", "flamingo_lite", "tools"]
+PARTS = ["_config.yml", "_toc.yml", "README.md", "pyproject.toml", "requirements.txt"]
+PARTS += ["book", "data", "flamingo_lite", "tests", "tools"]
 
 
 def call(*words, **kwargs):
