@@ -19,13 +19,13 @@ _NEEDS = [
     "matplotlib",
 ]
 _HOME = {
-    "TimmTower": "vision",
     "VisionEncoder": "vision",
-    "tower_settings": "vision",
     "rgb_on_white": "vision",
-    "load_vision_encoder": "vision",
     "choose_device": "vision",
     "describe_device": "vision",
+    "tower_settings": "vision",
+    "TimmTower": "vision",
+    "load_vision_encoder": "vision",
     "FeedForward": "perceiver",
     "PerceiverAttention": "perceiver",
     "PerceiverResampler": "perceiver",

@@ -34,6 +34,198 @@ from torch.func import functional_call
 _CONFIG = "open_clip_config.json"
 
 
+class VisionEncoder(nn.Module):
+    """A frozen open_clip vision tower that gives its patch tokens (Flamingo, 2.1).
+
+    Args:
+        clip: an open_clip model; its `visual` tower is kept, without the text tower.
+
+    Attributes:
+        visual: the tower, in eval mode, set to return (pooled, tokens).
+        dim: d_img, the width of a token.
+
+    Raises:
+        ValueError: its tokens, if it has any, are no patches.
+    """
+
+    def __init__(self, clip):
+        super().__init__()
+        self.visual = _with_tokens(clip.visual)
+        is_timm = isinstance(self.visual, TimmTower)
+        self.dim = self.visual.dim if is_timm else self.visual.conv1.out_channels
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        """Stay in eval mode: this part is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels):
+        """Encode pixels, (B, T_img, F, 3, H, W), as the image processor makes them.
+
+        Returns:
+            (B, T_img, F, v, d_img) patch tokens, without CLS.
+
+        Raises:
+            ValueError: `pixels` is not 6-dimensional, or not of the tower's size; or
+                there are not as many tokens as patches.
+        """
+        picture = (3, *self.visual.image_size)
+        if pixels.ndim != 6 or pixels.shape[3:] != picture:
+            want = f"(B, T_img, F, {', '.join(map(str, picture))})"
+            raise ValueError(f"want {want}, got {tuple(pixels.shape)}")
+        B, T_img, F = pixels.shape[:3]
+        flat = rearrange(pixels, "B T_img F c H W -> (B T_img F) c H W")
+        _, tokens = self.visual(flat)  # (B * T_img * F, v, d_img)
+        if tokens.shape[1] != (v := math.prod(self.visual.grid_size)):
+            raise ValueError(f"want {v} tokens, one a patch, got {tokens.shape[1]}")
+        unfold = "(B T_img F) v d -> B T_img F v d"
+        return rearrange(tokens, unfold, B=B, T_img=T_img, F=F)
+
+
+def rgb_on_white(picture):
+    """Turn a PIL picture upright and into RGB, what is transparent on white.
+
+    Args:
+        picture: of any mode; of an animation, the frame that it stands at.
+
+    Returns:
+        RGB picture; one that is RGB and upright keeps its pixels.
+
+    Raises:
+        TypeError: it is no PIL picture.
+        ValueError: it cannot be decoded, 8 bits cannot hold it, or it is a strip.
+    """
+    if not isinstance(picture, Image.Image):
+        raise TypeError(
+            f"want a PIL picture, got {type(picture).__name__}: PIL's Image.open makes "
+            "one of a file, Image.fromarray of an array"
+        )
+    try:
+        upright = ImageOps.exif_transpose(picture)
+    except Exception as error:  # broken data makes decoders raise almost anything
+        raise ValueError(f"the picture cannot be decoded: {error}") from error
+    is_16_bit = upright.mode.startswith("I;") or picture.format in ("PNG", "PPM")
+    if upright.mode == "F" or (upright.mode == "I" and not is_16_bit):
+        raise ValueError("brightness in 32 bits; save it with 8 or 16")
+    clear, deep = upright.info.get("transparency"), upright.mode.startswith("I")
+    if (clear is not None and deep) or (type(clear) is tuple and max(clear) > 255):
+        raise ValueError("a transparent colour in 16 bits; save it with 8")
+    if max(upright.size) > 3000 * min(upright.size) or 0 in upright.size:
+        raise ValueError(f"a strip of {upright.width} x {upright.height} pixels")
+    if deep:  # 16 bits: Pillow would clip, so scale
+        grey = (np.asarray(upright) / 257).clip(0, 255)
+        upright = Image.fromarray(grey.astype(np.uint8))
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    straight = upright.convert("LA") if upright.mode == "La" else upright
+    white = Image.new("RGBA", upright.size, "white")
+    return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
+
+
+def choose_device():
+    """The device to compute on: CUDA, or else MPS, or else the CPU.
+
+    The environment variable FLAMINGO_LITE_DEVICE ("cpu", "cuda:1") goes before.
+
+    Raises:
+        ValueError: the variable names no device of this machine.
+    """
+    named = os.environ.get("FLAMINGO_LITE_DEVICE")
+    if not named:
+        kinds = (("cuda", torch.cuda), ("mps", torch.backends.mps))
+        return torch.device(next((k for k, way in kinds if way.is_available()), "cpu"))
+    try:
+        return torch.empty(0, device=named).device
+    except Exception as error:  # each kind of device has errors of its own
+        message = f"FLAMINGO_LITE_DEVICE={named!r} is no device of this machine"
+        raise ValueError(f"{message}: {error}") from error
+
+
+def describe_device(device):
+    """One line about a device and its memory: "cuda:0, Tesla T4, 15.6 GB"."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        name, memory = about.name, about.total_memory
+    elif device.type == "mps":
+        name, memory = "Apple GPU", torch.mps.recommended_max_memory()
+    else:
+        name, memory = f"{torch.get_num_threads()} threads", None
+        if hasattr(os, "sysconf"):  # not on Windows
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return ", ".join([str(device), name, *([f"{memory / 1e9:.1f} GB"] * bool(memory))])
+
+
+_PLAIN = {
+    "quick_gelu": False,
+    "mean": open_clip.OPENAI_DATASET_MEAN,
+    "std": open_clip.OPENAI_DATASET_STD,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+
+
+def _read_config(name, cache_dir=None):
+    """A CLIP's "model_cfg" and "preprocess_cfg"; of a hub's, only these are fetched."""
+    schema, _, place = name.partition(":")
+    if not place:
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise ValueError("no such model; open_clip.list_models() names them all")
+        return {"model_cfg": config}
+    file = Path(place) / _CONFIG
+    if schema == "hf-hub":
+        file = download_pretrained_from_hf(place, _CONFIG, cache_dir=cache_dir)
+    return json.loads(Path(file).read_bytes())
+
+
+def _find_settings(config, name=None, tag=None):
+    """What weights want: a tag's word counts, then a configuration's, then _PLAIN."""
+    said = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    said = {**config["model_cfg"], **config.get("preprocess_cfg", {}), **said}
+    found = {k: v if said.get(k) is None else said[k] for k, v in _PLAIN.items()}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+
+
+def _timm_settings(visual):
+    """`tower_settings` of a `TimmTower`: of all its layers together."""
+    layers, trunk = list(visual.trunk.modules()), visual.trunk
+    return {
+        "trunk": type(trunk).__name__,
+        "activation": sorted({repr(m.act) for m in layers if hasattr(m, "act")}),
+        "heads": sorted({m.num_heads for m in layers if hasattr(m, "num_heads")}),
+        "epsilon": sorted({m.eps for m in layers if hasattr(m, "eps")}),
+        "prefix": getattr(trunk, "num_prefix_tokens", 0),
+        "grid_size": list(visual.grid_size),
+    }
+
+
+def _vit_settings(visual):
+    """`tower_settings` of a vision transformer of open_clip's own."""
+    blocks = visual.transformer.resblocks
+    return {
+        "activation": sorted({repr(block.mlp.gelu) for block in blocks}),
+        "heads": sorted({block.attn.num_heads for block in blocks}),
+        "epsilon": visual.ln_post.eps,
+        "pool_type": visual.pool_type,
+        "final_ln_after_pool": visual.final_ln_after_pool,
+    }
+
+
+def tower_settings(visual):
+    """What a tower computes with, beside its weights: plain values."""
+    is_timm = isinstance(visual, TimmTower)
+    return {
+        **(_timm_settings(visual) if is_timm else _vit_settings(visual)),
+        "image_size": list(visual.image_size),
+        "picture": {
+            key: getattr(visual, "preprocess_cfg", {}).get(key)
+            for key in ("mean", "std", "interpolation", "resize_mode", "fill_color")
+        },
+    }
+
+
 class TimmTower(nn.Module):
     """A tower that open_clip takes from timm, made to return (pooled, tokens).
 
@@ -109,164 +301,6 @@ def _tower_without_weights(model_cfg):
     settings = {**model_cfg["vision_cfg"], "timm_model_pretrained": False}
     with torch.device("meta"):
         return _build_vision_tower(model_cfg.get("embed_dim", 512), settings)
-
-
-class VisionEncoder(nn.Module):
-    """A frozen open_clip vision tower that gives its patch tokens (Flamingo, 2.1).
-
-    Args:
-        clip: an open_clip model; its `visual` tower is kept, without the text tower.
-
-    Attributes:
-        visual: the tower, in eval mode, set to return (pooled, tokens).
-        dim: d_img, the width of a token.
-
-    Raises:
-        ValueError: its tokens, if it has any, are no patches.
-    """
-
-    def __init__(self, clip):
-        super().__init__()
-        self.visual = _with_tokens(clip.visual)
-        is_timm = isinstance(self.visual, TimmTower)
-        self.dim = self.visual.dim if is_timm else self.visual.conv1.out_channels
-        self.requires_grad_(False).eval()
-
-    def train(self, mode=True):
-        """Stay in eval mode: this part is frozen."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, pixels):
-        """Encode pixels, (B, T_img, F, 3, H, W), as the image processor makes them.
-
-        Returns:
-            (B, T_img, F, v, d_img) patch tokens, without CLS.
-
-        Raises:
-            ValueError: `pixels` is not 6-dimensional, or not of the tower's size; or
-                there are not as many tokens as patches.
-        """
-        picture = (3, *self.visual.image_size)
-        if pixels.ndim != 6 or pixels.shape[3:] != picture:
-            want = f"(B, T_img, F, {', '.join(map(str, picture))})"
-            raise ValueError(f"want {want}, got {tuple(pixels.shape)}")
-        B, T_img, F = pixels.shape[:3]
-        flat = rearrange(pixels, "B T_img F c H W -> (B T_img F) c H W")
-        _, tokens = self.visual(flat)  # (B * T_img * F, v, d_img)
-        if tokens.shape[1] != (v := math.prod(self.visual.grid_size)):
-            raise ValueError(f"want {v} tokens, one a patch, got {tokens.shape[1]}")
-        unfold = "(B T_img F) v d -> B T_img F v d"
-        return rearrange(tokens, unfold, B=B, T_img=T_img, F=F)
-
-
-def _timm_settings(visual):
-    """`tower_settings` of a `TimmTower`: of all its layers together."""
-    layers, trunk = list(visual.trunk.modules()), visual.trunk
-    return {
-        "trunk": type(trunk).__name__,
-        "activation": sorted({repr(m.act) for m in layers if hasattr(m, "act")}),
-        "heads": sorted({m.num_heads for m in layers if hasattr(m, "num_heads")}),
-        "epsilon": sorted({m.eps for m in layers if hasattr(m, "eps")}),
-        "prefix": getattr(trunk, "num_prefix_tokens", 0),
-        "grid_size": list(visual.grid_size),
-    }
-
-
-def _vit_settings(visual):
-    """`tower_settings` of a vision transformer of open_clip's own."""
-    blocks = visual.transformer.resblocks
-    return {
-        "activation": sorted({repr(block.mlp.gelu) for block in blocks}),
-        "heads": sorted({block.attn.num_heads for block in blocks}),
-        "epsilon": visual.ln_post.eps,
-        "pool_type": visual.pool_type,
-        "final_ln_after_pool": visual.final_ln_after_pool,
-    }
-
-
-def tower_settings(visual):
-    """What a tower computes with, beside its weights: plain values."""
-    is_timm = isinstance(visual, TimmTower)
-    return {
-        **(_timm_settings(visual) if is_timm else _vit_settings(visual)),
-        "image_size": list(visual.image_size),
-        "picture": {
-            key: getattr(visual, "preprocess_cfg", {}).get(key)
-            for key in ("mean", "std", "interpolation", "resize_mode", "fill_color")
-        },
-    }
-
-
-def rgb_on_white(picture):
-    """Turn a PIL picture upright and into RGB, what is transparent on white.
-
-    Args:
-        picture: of any mode; of an animation, the frame that it stands at.
-
-    Returns:
-        RGB picture; one that is RGB and upright keeps its pixels.
-
-    Raises:
-        TypeError: it is no PIL picture.
-        ValueError: it cannot be decoded, 8 bits cannot hold it, or it is a strip.
-    """
-    if not isinstance(picture, Image.Image):
-        raise TypeError(
-            f"want a PIL picture, got {type(picture).__name__}: PIL's Image.open makes "
-            "one of a file, Image.fromarray of an array"
-        )
-    try:
-        upright = ImageOps.exif_transpose(picture)
-    except Exception as error:  # broken data makes decoders raise almost anything
-        raise ValueError(f"the picture cannot be decoded: {error}") from error
-    is_16_bit = upright.mode.startswith("I;") or picture.format in ("PNG", "PPM")
-    if upright.mode == "F" or (upright.mode == "I" and not is_16_bit):
-        raise ValueError("brightness in 32 bits; save it with 8 or 16")
-    clear, deep = upright.info.get("transparency"), upright.mode.startswith("I")
-    if (clear is not None and deep) or (type(clear) is tuple and max(clear) > 255):
-        raise ValueError("a transparent colour in 16 bits; save it with 8")
-    if max(upright.size) > 3000 * min(upright.size) or 0 in upright.size:
-        raise ValueError(f"a strip of {upright.width} x {upright.height} pixels")
-    if deep:  # 16 bits: Pillow would clip, so scale
-        grey = (np.asarray(upright) / 257).clip(0, 255)
-        upright = Image.fromarray(grey.astype(np.uint8))
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    straight = upright.convert("LA") if upright.mode == "La" else upright
-    white = Image.new("RGBA", upright.size, "white")
-    return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
-
-
-_PLAIN = {
-    "quick_gelu": False,
-    "mean": open_clip.OPENAI_DATASET_MEAN,
-    "std": open_clip.OPENAI_DATASET_STD,
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
-
-
-def _read_config(name, cache_dir=None):
-    """A CLIP's "model_cfg" and "preprocess_cfg"; of a hub's, only these are fetched."""
-    schema, _, place = name.partition(":")
-    if not place:
-        config = open_clip.get_model_config(name)
-        if config is None:
-            raise ValueError("no such model; open_clip.list_models() names them all")
-        return {"model_cfg": config}
-    file = Path(place) / _CONFIG
-    if schema == "hf-hub":
-        file = download_pretrained_from_hf(place, _CONFIG, cache_dir=cache_dir)
-    return json.loads(Path(file).read_bytes())
-
-
-def _find_settings(config, name=None, tag=None):
-    """What weights want: a tag's word counts, then a configuration's, then _PLAIN."""
-    said = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    said = {**config["model_cfg"], **config.get("preprocess_cfg", {}), **said}
-    found = {k: v if said.get(k) is None else said[k] for k, v in _PLAIN.items()}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
 def _find_tag(name, pretrained):
@@ -408,37 +442,3 @@ def load_vision_encoder(name, pretrained=None, cache_dir=None):
         _check_grid(file, name, encoder.visual)
     image_processor.transforms.insert(0, rgb_on_white)
     return encoder, image_processor
-
-
-def choose_device():
-    """The device to compute on: CUDA, or else MPS, or else the CPU.
-
-    The environment variable FLAMINGO_LITE_DEVICE ("cpu", "cuda:1") goes before.
-
-    Raises:
-        ValueError: the variable names no device of this machine.
-    """
-    named = os.environ.get("FLAMINGO_LITE_DEVICE")
-    if not named:
-        kinds = (("cuda", torch.cuda), ("mps", torch.backends.mps))
-        return torch.device(next((k for k, way in kinds if way.is_available()), "cpu"))
-    try:
-        return torch.empty(0, device=named).device
-    except Exception as error:  # each kind of device has errors of its own
-        message = f"FLAMINGO_LITE_DEVICE={named!r} is no device of this machine"
-        raise ValueError(f"{message}: {error}") from error
-
-
-def describe_device(device):
-    """One line about a device and its memory: "cuda:0, Tesla T4, 15.6 GB"."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        about = torch.cuda.get_device_properties(device)
-        name, memory = about.name, about.total_memory
-    elif device.type == "mps":
-        name, memory = "Apple GPU", torch.mps.recommended_max_memory()
-    else:
-        name, memory = f"{torch.get_num_threads()} threads", None
-        if hasattr(os, "sysconf"):  # not on Windows
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return ", ".join([str(device), name, *([f"{memory / 1e9:.1f} GB"] * bool(memory))])
