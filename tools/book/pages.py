@@ -228,7 +228,7 @@ def stamp_scores(page, notebook):
         for name, true, other in SCORES.findall(text):
             found.setdefault(name, f"{true} and {other}")
     says = "; ".join(f"{name} {pair}" for name, pair in found.items())
-    says = f"Its loss beside the true and beside another picture: {says}." * bool(found)
+    says = f"Its loss with the right picture and with another: {says}." * bool(found)
     return re.sub(
         r"<!-- scores -->.*?<!-- /scores -->",
         lambda _: f"<!-- scores -->{says}<!-- /scores -->",
