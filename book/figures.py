@@ -6,12 +6,17 @@ import io
 import re
 
 import matplotlib.pyplot as plt
+from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.patches import FancyBboxPatch
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 PINK, PALE, GREY, INK = "#d6336c", "#fbe3ec", "#e9ecef", "#343a40"
 # Right and wrong, on every page, with a mark beside: no other meaning has these two.
 RIGHT, WRONG = "#087f5b", "#c2410c"
+
+if get_ipython() is not None:  # in a notebook, twice the pixels in the same size
+    set_matplotlib_formats("retina")
 
 # name -> (left, bottom, width, height, label, shape that comes out)
 BLOCKS = {
@@ -43,7 +48,7 @@ def flamingo_map(lit):
     known = {*BLOCKS, *frames, "training", "generation"} - {"lm"}
     if lit not in known:
         raise ValueError(f"no part {lit!r}; there are {', '.join(sorted(known))}")
-    fig, ax = plt.subplots(figsize=(8.6, 2.9), facecolor="white", dpi=180)
+    fig, ax = plt.subplots(figsize=(8.6, 2.9), facecolor="white")
     for name, (left, bottom, width, height) in frames.items():
         on = lit in (name, "training")
         box = FancyBboxPatch(
@@ -147,7 +152,7 @@ def show_pictures(
         ax.imshow(picture)
         if titles:
             colour = colours[i] if colours else INK
-            ax.set_title(titles[i], fontsize=8, color=colour)
+            ax.set_title(titles[i], fontsize=9, color=colour)
     fig.tight_layout()
     plt.show()
 
@@ -166,8 +171,8 @@ def show_mask(may_look, words, columns=None):
         figsize=(1.4 + 0.9 * T_img, 0.6 + 0.28 * T_txt), facecolor="white"
     )
     ax.imshow(may_look.float(), cmap="RdPu", vmin=0, vmax=1.4, aspect="auto")
-    ax.set_xticks(range(T_img), columns, fontsize=8)
-    ax.set_yticks(range(T_txt), words, fontsize=8)
+    ax.set_xticks(range(T_img), columns, fontsize=9)
+    ax.set_yticks(range(T_txt), words, fontsize=9)
     ax.xaxis.tick_top()
     for edge in range(1, max(T_txt, T_img)):
         ax.axhline(edge - 0.5, color="white", lw=1.5)

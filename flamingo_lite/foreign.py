@@ -134,9 +134,9 @@ def smollm2_folder() -> str:
         tokenizer.save_pretrained(unfinished)
         try:
             os.replace(unfinished, folder)
-            os.mkdir(unfinished)
-        except OSError:
-            if not (folder / "config.json").is_file():  # nobody else was faster
+            os.mkdir(unfinished)  # `with` wants to take one away
+        except OSError:  # another process was faster: then its folder is there
+            if not (folder / "config.json").is_file():
                 raise
     return str(folder)
 

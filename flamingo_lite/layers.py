@@ -30,6 +30,7 @@ def _reduce(obj, protocol):
     while vars(cls).get("__reduce_ex__") is _reduce:
         mixin, cls = cls.__bases__
         mixins.insert(0, mixin)  # the one that was given first comes first
+    # How Python would make it: a function; the class and its arguments; the state.
     _, (_, *args), *state = object.__reduce_ex__(obj, 2)
     return _make_extended, (cls, mixins, *args), *state
 

@@ -141,7 +141,7 @@ def show_maps(picture, titles, maps):
         large = Image.fromarray(heat).resize(picture.size, Image.Resampling.BICUBIC)
         ax.imshow(picture.convert("L"), cmap="gray", alpha=0.6)
         ax.imshow(np.asarray(large), cmap="magma", alpha=0.6, vmin=0)
-        ax.set_title(title, fontsize=8)
+        ax.set_title(title, fontsize=9)
     for ax in axes:
         ax.axis("off")
     fig.tight_layout()
