@@ -252,7 +252,7 @@ def stamp_cover(page, numbers):
     )
     other = numbers["exchanged"]
     says = (
-        f"Word for word right are {right} of the {pictures}: {each}. "
+        f"word for word right are {right} of the {pictures}: {each}. "
         f"With one thing exchanged in each of the {other['pictures']}, "
         f"{other['right']} are right, "
         f"and {other['as before']} say what they said before."
