@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import re
+import textwrap
 
 import matplotlib.pyplot as plt
 from IPython import get_ipython
@@ -138,6 +139,12 @@ def show_pictures(
         titles, colours = zip(*marked, strict=True)
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
+    if titles:  # what does not fit above a picture goes on in another line
+        fits = round(15 * size)  # characters
+        titles = [
+            "\n".join(textwrap.fill(line, fits) for line in title.split("\n"))
+            for title in titles
+        ]
     lines = max((t.count("\n") + 1 for t in titles), default=0) if titles else 0
     fig, axes = plt.subplots(
         rows,
