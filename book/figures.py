@@ -140,7 +140,7 @@ def show_pictures(
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     if titles:  # what does not fit above a picture goes on in another line
-        fits = round(15 * size)  # characters
+        fits = round(14 * size)  # characters
         titles = [
             "\n".join(textwrap.fill(line, fits) for line in title.split("\n"))
             for title in titles
