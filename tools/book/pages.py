@@ -40,7 +40,7 @@ takes more.
 A way to work: open the chapter in Jupyter or Colab, write your answer into the cell
 below the question, and run it. Where you are asked to predict, write your guess down
 first. Short of time? Take those of chapters 3 and 6, where the ideas are, and then
-those that say *break and mend*: each is a fault that somebody's model really had.
+those that say *break and mend*.
 
 """
 API_HEAD = """\
