@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +30,21 @@ from flamingo_lite import create_model_and_transforms
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # faster than two for tensors as small as these
+
+
+def pytest_configure(config):
+    """One folder for all that this run writes, chapters included; gone at its end.
+
+    The notebooks make scratch folders that end with the machine in Colab, but on one's
+    own would stay: chapter 12's checkpoints alone are four gigabytes. What a *failed*
+    test wrote can be kept with --basetemp.
+    """
+    if not hasattr(config, "workerinput"):  # workers find it in the environment
+        folder = tempfile.mkdtemp(prefix="flamingo_lite_tests_")
+        os.environ["TMPDIR"], tempfile.tempdir = folder, None
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
 D_IMG, D_TXT, V = 32, 32, 16  # widths, and visual tokens of one picture
 SMALL = {
     "perceiver_kwargs": {"depth": 2, "num_latents": 4, "heads": 2, "dim_head": 16},
