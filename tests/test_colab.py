@@ -3,8 +3,8 @@
 A stand-in `google.colab` is in `sys.modules` before the first cell runs, as it is
 there. `git clone` copies this working tree, and `pip` writes down what it was asked.
 
-Of every chapter the setup cell and the imports are run here. `make test-colab` runs
-every chapter whole, which takes as long as the book (COLAB=whole).
+Of every chapter the setup cell and all imports, of all its cells, are run here. `make
+test-colab` runs every chapter whole, which takes as long as the book (COLAB=whole).
 """
 
 import ast
@@ -31,7 +31,8 @@ if [ -e "$last" ]; then
     exit 128
 fi
 mkdir "$last"
-cp -R "{root}/book" "{root}/flamingo_lite" "{root}/data" "{root}/pyproject.toml" "$last"
+tar -C "{root}" --exclude=./.git --exclude=./.venv --exclude=./_build -cf - . |
+    tar -C "$last" -xf -
 """
 PIP = '#!/bin/sh\necho "pip $*" >> "{log}"\n'
 CHAPTERS = sorted(path.name for path in (ROOT / "book").glob("[0-9A-Z]*.ipynb"))
@@ -58,12 +59,12 @@ def setup_cell(owner="somebody"):
     return template.format(**repository | {"url": address(owner)})
 
 
-def only_imports(source):
-    """True for a cell that does nothing but import."""
+def imports_of(source):
+    """The imports of a cell at its top level, or "" if it has none."""
     source = re.sub(r"^[%!].*$", "", source, flags=re.M)
     statements = ast.parse(source).body
     kinds = (ast.Import, ast.ImportFrom)
-    return bool(statements) and all(isinstance(s, kinds) for s in statements)
+    return "\n".join(ast.unparse(s) for s in statements if isinstance(s, kinds))
 
 
 def cells_to_run(path, whole):
@@ -71,16 +72,19 @@ def cells_to_run(path, whole):
 
     Args:
         path: of the notebook.
-        whole: every cell; else the setup cell and cells that only import.
+        whole: every cell; else the setup cell and what the others import.
     """
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.source.strip()]
     code = [c for c in cells if c.cell_type == "code"]
     first = code[0].source
     assert first == setup_cell("OWNER"), "the first code cell is not the setup cell"
-    kept = [c for c in code[1:] if whole or only_imports(c.source)]
-    tags = [c.metadata.get("tags", []) for c in kept]
+    if not whole:
+        imports = [imports_of(c.source) for c in code[1:]]
+        assert any(imports), "nothing to try"
+        return [setup_cell(), "\n".join(filter(None, imports))], [False, False]
+    tags = [c.metadata.get("tags", []) for c in code[1:]]
     may_raise = ["raises-exception" in t for t in tags]
-    return [setup_cell(), *(c.source for c in kept)], [False, *may_raise]
+    return [setup_cell(), *(c.source for c in code[1:])], [False, *may_raise]
 
 
 def write_script(path, text):
