@@ -2,6 +2,12 @@
 # Edit the notebook, not this file.
 """Flamingo layers: put a gated cross-attention block before a frozen decoder layer."""
 
+__all__ = [
+    "extend_instance",
+    "FlamingoLayer",
+    "FlamingoLMMixin",
+]
+
 from functools import cache
 from inspect import signature
 from operator import attrgetter
@@ -154,7 +160,11 @@ class _DecoderLayers(nn.Module):
         pairs = zip(self.gated_cross_attn_layers, self.old_decoder_blocks, strict=True)
         layers = [FlamingoLayer(*pair, gradient_checkpointing) for pair in pairs]
         self._set_decoder_layers(nn.ModuleList(layers))
+        self.only_attend_immediate_media = cross_attn_kwargs.get(
+            "only_attend_immediate_media", True
+        )
         self._use_cached_vision_x, self._n_apart = False, 0
+        self._cached_text = self._n_pictures = None
         self.initialized_flamingo = True
 
 
@@ -171,30 +181,54 @@ class _ImageCount(_DecoderLayers):
             layer.condition_vis_x(None)
             layer.condition_media_locations(None)
             layer.condition_use_cached_media(False)
+        self._cached_text = self._n_pictures = None
 
     def _locate_media(self, input_ids, past):
         """(B, T_all) bool: `<image>` in all the text that ends with `input_ids`."""
         n_past = 0 if past is None else int(past.get_seq_length())
+        before = self._get_decoder_layers()[0].media_locations  # (B, T_all)
         if n_past == 0:
             # After `cache_media`, a text without images follows the one cached there.
             has_image = (input_ids == self.media_token_id).any()
             follows = self._use_cached_vision_x and not has_image
-            known = self._get_decoder_layers()[0].media_locations  # (B, T_all)
-            self._n_apart = known.shape[1] if follows else 0
-        return self._after(self._n_apart + n_past, input_ids)
+            before = self._cached_text if follows else None
+            self._n_apart = before.shape[1] if follows else 0
+        elif before is not None and hasattr(past, "media_text"):
+            # The layers know the text read last; this cache may be of another one.
+            self._n_apart, before = past.media_text
+        return self._after(self._n_apart + n_past, input_ids, before)
 
-    def _after(self, n_before, input_ids):
-        """(B, n_before + T_txt) bool: what the layers know, then `input_ids`."""
+    def _after(self, n_before, input_ids, before):
+        """(B, n_before + T_txt) bool: of `before` the beginning, then `input_ids`."""
         media_locations = input_ids == self.media_token_id  # (B, T_txt)
         if n_before == 0:
             return media_locations
-        before = self._get_decoder_layers()[0].media_locations  # (B, T_all)
         if before is None or before.shape[1] < n_before:
             raise ValueError(
                 "where was <image> in the text before? Give the whole text, or pass "
                 "clear_conditioned_layers=False when you run its beginning"
             )
-        return torch.cat((before[:, :n_before], media_locations), dim=1)
+        B = len(media_locations)
+        if len(before) not in (1, B):
+            raise ValueError(f"{B} rows of text after a text of {len(before)} rows")
+        before = before[:, :n_before].expand(B, -1)
+        return torch.cat((before, media_locations), dim=1)
+
+    def _without_surplus(self, media_locations):
+        """Let an `<image>` that has no picture open none, (B, T_all) bool or int64.
+
+        A row with fewer pictures than the others ends in padding. If it writes one
+        `<image>` more, what follows must not read that: under the immediate rule it
+        jumps beyond all pictures, under the other one it does not count.
+        """
+        if self._n_pictures is None:  # every row has as many pictures as there are
+            return media_locations
+        number = (media_locations > 0).cumsum(dim=1)  # (B, T_all)
+        surplus = (media_locations > 0) & (number > self._n_pictures[:, None])
+        beyond = 0
+        if self.only_attend_immediate_media:
+            beyond = self._get_decoder_layers()[0].vis_x.shape[1] + 1
+        return media_locations.long().masked_fill(surplus, beyond)
 
 
 class FlamingoLMMixin(_ImageCount):
@@ -236,11 +270,17 @@ class FlamingoLMMixin(_ImageCount):
         if media_locations is None:
             past = kwargs.get("past_key_values")
             media_locations = self._locate_media(input_ids, past)  # (B, T_all)
+        opened = self._without_surplus(media_locations)  # (B, T_all)
         for layer in self._get_decoder_layers():
-            layer.condition_media_locations(media_locations)
-        return super().forward(
+            layer.condition_media_locations(opened)
+        out = super().forward(
             input_ids=input_ids, attention_mask=attention_mask, **kwargs
         )
+        cache = getattr(out, "past_key_values", None)
+        if cache is not None:  # it says itself where `<image>` stood in its text
+            n_apart = media_locations.shape[1] - int(cache.get_seq_length())
+            cache.media_text = n_apart, media_locations
+        return out
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, *args, **kwargs
@@ -254,4 +294,5 @@ class FlamingoLMMixin(_ImageCount):
         past = inputs.get("past_key_values")
         n_past = 0 if past is None else int(past.get_seq_length())
         n_before = max(0, n_past + inputs["input_ids"].shape[1] - input_ids.shape[1])
-        return {**inputs, "media_locations": self._after(n_before, input_ids)}
+        before = self._get_decoder_layers()[0].media_locations  # (B, T_all)
+        return {**inputs, "media_locations": self._after(n_before, input_ids, before)}

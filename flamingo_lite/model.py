@@ -11,6 +11,20 @@ Shapes, from pictures to answers:
     logits    (B, T_txt, vocab)           from the language model
 """
 
+__all__ = [
+    "as_weights",
+    "pixels_to_patches",
+    "check_pictures",
+    "in_turn",
+    "NOT_WITH_PICTURES",
+    "asked_for",
+    "check_options",
+    "with_defaults",
+    "Flamingo",
+    "train_new_rows_only",
+    "token_tables",
+]
+
 import copy
 from functools import wraps
 from threading import RLock, get_ident
@@ -35,11 +49,15 @@ def as_weights(pictures, module):
 
 
 def pixels_to_patches(visual, pixels):
-    """(B, T_img, F, 3, H, W) pixels to (B, T_img, F, v, d_img), by a frozen tower."""
+    """(B, T_img, F, 3, H, W) pixels to (B, T_img, F, v, d_img).
+
+    The tower is frozen unless somebody has unfrozen it: then gradient reaches it.
+    """
     if pixels.ndim != 6:
         raise ValueError(f"want ({PIXELS}), got {tuple(pixels.shape)}")
     flat = rearrange(pixels, "B T_img F c H W -> (B T_img F) c H W")
-    with torch.no_grad():
+    learns = any(p.requires_grad for p in visual.parameters())
+    with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
         tokens = visual(as_weights(flat, visual))[1]  # (B * T_img * F, v, d_img)
     return tokens.unflatten(0, pixels.shape[:3])  # (B, T_img, F, v, d_img)
 
@@ -54,23 +72,34 @@ def check_pictures(
         media_locations: (B, T_all) bool, True at `<image>`.
         spare: a row may have more pictures than `<image>` tokens.
         counted: they were counted before; only shapes are looked at.
+
+    Returns:
+        (B,) int64, how many pictures a row has before the zeros that fill it up; None
+        if each has T_img, if there are zeros only (a blind model), or if `counted`.
     """
     if pictures.ndim != len(axes.split()):
         raise ValueError(f"want ({axes}), got {tuple(pictures.shape)}")
     B, T_img = pictures.shape[:2]
     if B != len(media_locations):
         raise ValueError(f"pictures for {B} rows, but {len(media_locations)} of text")
+    if T_img == 0:
+        raise ValueError("T_img is 0: give zeros for a row without pictures")
     if counted:
-        return
+        return None
     counts = media_locations.sum(dim=1)  # (B,)
     flat = pictures.flatten(2)  # (B, T_img, numbers of one picture)
     shown = (flat.amax(dim=-1) != 0) | (flat.amin(dim=-1) != 0)  # (B, T_img)
     number = torch.arange(T_img, device=counts.device)  # (T_img,)
     left = (shown & (number >= counts[:, None])).sum(dim=1)  # (B,) never seen
-    for row, (count, over) in enumerate(torch.stack((counts, left), dim=1).tolist()):
-        if count > T_img:
+    n_pictures = (shown * (number + 1)).amax(dim=1)  # (B,), zeros within them count
+    rows = torch.stack((counts, left, n_pictures), dim=1).tolist()
+    is_blind = not any(n for _, _, n in rows)
+    for row, (count, over, n) in enumerate(rows):
+        n = T_img if is_blind else n
+        if count > n:
+            zeros = "" if n == T_img else ", then zeros, which fill a row up"
             raise ValueError(
-                f"row {row} has {count} <image> tokens, but {T_img} pictures"
+                f"row {row} has {count} <image> tokens, but {n} pictures{zeros}"
             )
         if over and not spare:
             raise ValueError(
@@ -78,6 +107,7 @@ def check_pictures(
                 "take them out, put zeros in their place, or give forward or "
                 "cache_media spare_pictures=True if their <image> is still to come"
             )
+    return None if is_blind or all(n == T_img for _, _, n in rows) else n_pictures
 
 
 class _Turns:
@@ -196,11 +226,12 @@ class _PictureMemory(_ThreeParts):
         if (vision_x is None) == (vision_features is None):
             given = "no pictures" if vision_x is None else "pictures given twice"
             raise ValueError(f"{given}: give vision_x or vision_features")
+        how = media_locations, PIXELS if vision_features is None else PATCHES
+        given = vision_x if vision_features is None else vision_features
+        n_pictures = check_pictures(given, *how, spare, counted)  # (B,) or None
+        self.lang_encoder._n_pictures = n_pictures
         if vision_features is None:
-            check_pictures(vision_x, media_locations, PIXELS, spare, counted)
             vision_features = pixels_to_patches(self.vision_encoder, vision_x)
-        else:
-            check_pictures(vision_features, media_locations, PATCHES, spare, counted)
         patches = as_weights(vision_features, self.perceiver)
         media = self.perceiver(patches)  # (B, T_img, n, d_img)
         media = as_weights(media, self.lang_encoder.gated_cross_attn_layers)
@@ -213,6 +244,12 @@ class _PictureMemory(_ThreeParts):
         if len(media) == 1:  # one row of pictures will do for many of text
             media = media.expand(len(media_locations), -1, -1, -1)
         check_pictures(media, media_locations, "B, T_img, n, d_img", spare=True)
+        n_pictures = self.lang_encoder._n_pictures  # (B,), of the rows that were cached
+        if n_pictures is not None:
+            surplus = media_locations.sum(dim=1) > n_pictures  # (B,)
+            if surplus.any():
+                row = int(surplus.nonzero()[0])
+                raise ValueError(f"row {row} has more <image> tokens than pictures")
 
     def _repeat_rows(self, copies, keep_keys_values=True):
         """Make keys and values of each row's pictures, once, and copy all of it."""
@@ -221,6 +258,9 @@ class _PictureMemory(_ThreeParts):
         media = media.repeat_interleave(copies, dim=0)  # (B * copies, T_img, n, d_img)
         if locations is not None:
             locations = locations.repeat_interleave(copies, dim=0)  # (B * copies, …)
+        lm = self.lang_encoder
+        if lm._n_pictures is not None:
+            lm._n_pictures = lm._n_pictures.repeat_interleave(copies)  # (B * copies,)
         for layer in layers:
             if keep_keys_values and layer.keys_values is None:
                 layer.keep_keys_values()
@@ -250,6 +290,7 @@ class _PicturesThatStay(_PictureMemory):
             layer.condition_media_locations(locations)
             layer.keep_keys_values()
         self.lang_encoder._use_cached_vision_x = True
+        self.lang_encoder._cached_text = locations
 
     def uncache_media(self):
         """Forget all pictures."""

@@ -451,6 +451,106 @@ def test_a_row_that_emits_an_image_token(small):
     assert quiet[1].tolist() == wanted[1].tolist(), "row 1 was disturbed"
 
 
+@pytest.mark.parametrize("immediate", [True, False])
+def test_an_image_token_without_a_picture_reads_no_padding(make_model, immediate):
+    """A row that writes one `<image>` more than it has pictures goes on beside a row
+    with more of them as it does alone: the zeros that fill it up are not a picture."""
+    model, _, tokenizer = make_model(
+        gates=1.0, cross_attn_kwargs={"only_attend_immediate_media": immediate}
+    )
+    prompts = ["<image>a lemon<|endofchunk|><image>", "<image>a"]
+    ids, mask = tokenize(tokenizer, prompts)
+    features = random_features([2, 1], 2)
+    settings = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": None}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    settings |= {"eos_token_id": len(tokenizer) + 5}  # never
+
+    def logits_of(rows, row):
+        n = ids[rows].shape[1]
+        force = Force(row=row, length=n + 1, token=model.media_token_id)
+        out = model.generate(
+            None,
+            ids[rows],
+            mask[rows],
+            vision_features=features[rows][:, : 2 if len(ids[rows]) > 1 else 1],
+            logits_processor=[force],
+            **settings,
+        )
+        return torch.stack(out.logits)[:, row]
+
+    together, alone = logits_of(slice(0, 2), 1), logits_of(slice(1, 2), 0)
+    assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert_clean(model)
+
+
+def test_more_image_tokens_than_a_row_has_pictures(small):
+    """In a batch, too, where the row is filled up with zeros."""
+    model, _, tokenizer = small
+    ids, mask = tokenize(tokenizer, ["<image>a<image>tent", "<image>a<image>lemon"])
+    features = random_features([2, 1], 2)
+    for spare in (False, True):
+        with pytest.raises(ValueError, match="row 1 has 2 <image> tokens, but 1 pict"):
+            model(None, ids, mask, vision_features=features, spare_pictures=spare)
+    with pytest.raises(ValueError, match="row 1 has 2 <image> tokens, but 1 pict"):
+        model.generate(None, ids, mask, vision_features=features)
+    # a blind model's zeros are no mistake
+    model(None, ids, mask, vision_features=torch.zeros_like(features))
+    with pytest.raises(ValueError, match="T_img is 0"):
+        model(None, ids, mask, vision_features=features[:, :0])
+    assert_clean(model)
+
+
+def test_two_texts_in_turn_keep_their_own_images(small):
+    """Each cache says where `<image>` stood in its text, whichever was read last."""
+    model, _, tokenizer = small
+    one, _ = tokenize(tokenizer, ["<image>a lemon and"])
+    two, _ = tokenize(tokenizer, ["<image>a<image>a"])
+    rest, _ = tokenize(tokenizer, ["a tent"])
+    features = random_features(2, 2)[:1]
+    go_on = {"use_cache": True, "clear_conditioned_layers": False}
+    answers = []
+    with torch.no_grad():
+        model.cache_media(one, None, features, spare_pictures=True)
+        for between in (False, True):
+            first, second = DynamicCache(), DynamicCache()
+            model(None, one, past_key_values=first, **go_on)
+            if between:
+                model(None, two, past_key_values=second, **go_on)
+            out = model(None, rest, past_key_values=first, **go_on)
+            answers.append(out.logits)
+        model.uncache_media()
+    assert_close(answers[1], answers[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_text_follows_the_cached_one_and_not_the_last(small):
+    """After `cache_media` texts may be read in turn, each as if it were the first."""
+    model, _, tokenizer = small
+    prompt, _ = tokenize(tokenizer, ["<image>a lemon"])
+    longer, _ = tokenize(tokenizer, ["<image>a tent<image>a lemon and"])
+    rest, _ = tokenize(tokenizer, ["a tent", "a lemon"])  # two rows, one of pictures
+    features = random_features(2, 2)[:1]
+    with torch.no_grad():
+        model.cache_media(prompt, None, features, spare_pictures=True)
+        keep = {"clear_conditioned_layers": False}
+        wanted = model(None, rest, **keep).logits
+        model(None, longer, **keep)
+        assert_close(model(None, rest, **keep).logits, wanted)
+        model.uncache_media()
+
+
+def test_a_tower_that_learns_gets_a_gradient(small):
+    model, processor, tokenizer = small
+    ids, mask = tokenize(tokenizer, ["<image>a lemon"])
+    pixels = torch.rand(1, 1, 1, 3, 32, 32)
+    tower = list(model.vision_encoder.parameters())
+    assert not any(p.requires_grad for p in tower), "it is frozen at first"
+    model.vision_encoder.requires_grad_(True)
+    model(pixels, ids, mask, labels=ids).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in tower)
+    with torch.no_grad():
+        assert not model(pixels, ids, mask).logits.requires_grad
+
+
 def assert_logits_are_recomputed(model, features, prompt_mask, out, copies):
     """Every logit that decoding used equals `forward` on the finished text."""
     features = features.repeat_interleave(copies, dim=0)
