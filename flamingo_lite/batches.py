@@ -2,6 +2,17 @@
 # Edit the notebook, not this file.
 """Which pictures and texts are in the batch of a step, and the batch itself."""
 
+__all__ = [
+    "WINDOW",
+    "batch_for_step",
+    "draw_text",
+    "make_batch",
+    "padding_by_lot",
+    "count_tokens",
+    "check_examples",
+    "Examples",
+]
+
 from functools import lru_cache
 
 import numpy as np

@@ -10,6 +10,24 @@ Nothing is allocated. Sizes of a model are plain whole numbers, as in PAPER:
     lm         d_txt wide, `layers` of OPT's kind, `ffn` inside, `vocab` rows
 """
 
+__all__ = [
+    "PAPER",
+    "hub_answers",
+    "choose_run",
+    "count_parameters",
+    "sizes_of",
+    "PRECISIONS",
+    "kept_for_backward",
+    "memory_budget",
+    "disk",
+    "GPUS",
+    "ROOM",
+    "largest_batch",
+    "arithmetic",
+    "kept_by_backward",
+    "MemoryUse",
+]
+
 import math
 import os
 import urllib.error

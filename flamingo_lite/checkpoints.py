@@ -2,6 +2,18 @@
 # Edit the notebook, not this file.
 """Checkpoints: written whole or not at all, read with suspicion, resumed exactly."""
 
+__all__ = [
+    "learning_parameters",
+    "trained_rows",
+    "random_states",
+    "set_random_states",
+    "write_whole",
+    "save_checkpoint",
+    "read_checkpoint",
+    "run_settings",
+    "load_checkpoint",
+]
+
 import contextlib
 import io
 import os

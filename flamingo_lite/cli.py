@@ -9,6 +9,10 @@ Results go to stdout, everything else to stderr. Libraries are imported when a c
 needs them, so that --help answers at once.
 """
 
+__all__ = [
+    "run_command",
+]
+
 import argparse
 import json
 import os

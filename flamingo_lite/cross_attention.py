@@ -14,6 +14,16 @@ The code of book/03_cross_attention.ipynb. Shapes, spelled as in every chapter:
 A token before the first image has an all-False row in `may_look`: it reads zero.
 """
 
+__all__ = [
+    "FEW",
+    "text_time",
+    "media_time",
+    "text_to_media_mask",
+    "cut_into_blocks",
+    "MaskedCrossAttention",
+    "GatedCrossAttentionBlock",
+]
+
 import torch
 from einops import rearrange, repeat
 from torch import nn

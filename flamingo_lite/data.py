@@ -6,6 +6,32 @@ A batch: vision_features (B, T_img, F, v, d_img); lang_x, attention_mask and lab
 (B, T_txt) each.
 """
 
+__all__ = [
+    "SIZE",
+    "RELATIONS",
+    "SPECIAL_TOKENS",
+    "FORMATS",
+    "LISTINGS",
+    "check_text",
+    "read_picture",
+    "check_row",
+    "load_captions",
+    "merge_captions",
+    "load_sprites",
+    "draw_scene",
+    "is_held_out",
+    "make_scenes",
+    "whole_text",
+    "interleave",
+    "held_picture",
+    "as_picture",
+    "size_to_decode",
+    "encode_pixels",
+    "encode_pictures",
+    "collate",
+    "check_texts",
+]
+
 import csv
 import io
 import json

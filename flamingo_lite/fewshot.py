@@ -7,6 +7,22 @@ question; "texts": a text for each, the last one the right answer; "answer": tha
 Pictures are numbers into a list of scenes, so that each is encoded once.
 """
 
+__all__ = [
+    "QUESTIONS",
+    "group_scenes",
+    "task_episode",
+    "naming_episode",
+    "to_learn",
+    "spoil",
+    "make_episodes",
+    "answer",
+    "in_words",
+    "answer_in_words",
+    "nearest",
+    "caption_words",
+    "cider_d",
+]
+
 import re
 import warnings
 from collections import Counter

@@ -5,6 +5,21 @@
 Each function here answers a file that was met. loading.py calls them.
 """
 
+__all__ = [
+    "advice",
+    "put_start_token",
+    "smollm2_folder",
+    "in_bytes",
+    "from_bytes",
+    "read_folder",
+    "check_misfits",
+    "difference",
+    "check_backbones",
+    "read_openflamingo",
+    "from_openflamingo",
+    "find_model",
+]
+
 import json
 import os
 import re

@@ -9,6 +9,17 @@ Shapes:
     ids              (B, T_txt + new)         the prompt, then what was written
 """
 
+__all__ = [
+    "make_prompt",
+    "SAMPLING",
+    "BEAMS",
+    "OPTIONS",
+    "NOT_FOR_TEXTS",
+    "caption",
+    "stream_caption",
+    "score_candidates",
+]
+
 from collections.abc import Iterable, Mapping
 from functools import partial
 from os import PathLike

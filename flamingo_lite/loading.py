@@ -5,6 +5,21 @@
 What is done about files of others is in foreign.py, which appendix E writes.
 """
 
+__all__ = [
+    "DATA",
+    "DECODER_LAYERS",
+    "load_language_model",
+    "LM_SETTINGS",
+    "backbone_settings",
+    "fingerprint",
+    "create_model_and_transforms",
+    "SIZES",
+    "build_flamingo",
+    "trained_tensors",
+    "save_flamingo",
+    "load_flamingo",
+]
+
 import hashlib
 import json
 import os

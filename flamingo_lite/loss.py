@@ -9,6 +9,15 @@ Shapes, spelled the same way in every chapter:
     input_ids, labels  (B, T_txt) int64   labels are -100 where no loss is wanted
 """
 
+__all__ = [
+    "IGNORE",
+    "make_labels",
+    "shifted_cross_entropy",
+    "loss_in_pieces",
+    "changes_logits",
+    "loss_at_labels",
+]
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -2,6 +2,11 @@
 # Edit the notebook, not this file.
 """Muon: an optimizer for matrices whose steps are equally long in all directions."""
 
+__all__ = [
+    "orthogonalise",
+    "Muon",
+]
+
 import torch
 
 

@@ -11,6 +11,12 @@ Exported from book/02_perceiver.ipynb. Shapes:
 No position is added to the v tokens of a frame: CLIP has put it into them already.
 """
 
+__all__ = [
+    "FeedForward",
+    "PerceiverAttention",
+    "PerceiverResampler",
+]
+
 import torch
 from einops import rearrange, repeat
 from torch import nn

@@ -9,6 +9,16 @@ Shapes:
     maps         (B, h, T_txt, T_img, v)  both together
 """
 
+__all__ = [
+    "noted_inputs",
+    "text_weights",
+    "latent_weights",
+    "roll_out",
+    "attention_maps",
+    "show_maps",
+    "occlusion",
+]
+
 import contextlib
 
 import numpy as np

@@ -6,6 +6,13 @@ Weights that learn, gates, optimizers and losses stay float32. Only products are
 16 bits, and frozen backbones may be kept in them.
 """
 
+__all__ = [
+    "DTYPES",
+    "choose_precision",
+    "Precision",
+    "freeze_in",
+]
+
 import contextlib
 
 import torch

@@ -2,6 +2,17 @@
 # Edit the notebook, not this file.
 """Reports: how a training goes, and what a model's captions are worth."""
 
+__all__ = [
+    "memory_in_use",
+    "validation_losses",
+    "progress_line",
+    "is_report",
+    "is_checkpoint",
+    "caption_losses",
+    "score_captions",
+    "bootstrap_interval",
+]
+
 import sys
 
 import numpy as np

@@ -7,6 +7,11 @@
 A shard is read by one process. What is broken is named by its shard and its key.
 """
 
+__all__ = [
+    "find_shards",
+    "read_shards",
+]
+
 import json
 import random
 import sys

@@ -2,6 +2,20 @@
 # Edit the notebook, not this file.
 """One step of a training: who learns how fast, and what stands before a step."""
 
+__all__ = [
+    "parameter_groups",
+    "make_optimizers",
+    "muon_pays",
+    "schedule",
+    "NotFinite",
+    "keep_old_rows",
+    "read_batch",
+    "is_read_at_once",
+    "fault_of",
+    "spoilt",
+    "training_step",
+]
+
 import math
 
 import torch

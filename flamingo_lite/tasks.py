@@ -7,6 +7,26 @@ its text for `collate` is the pair (given, answer). A story is a dict with
 "pictures" and "texts", as many of them.
 """
 
+__all__ = [
+    "KINDS",
+    "KIND_OF",
+    "PLURALS",
+    "NUMBERS",
+    "OPPOSITES",
+    "TASKS",
+    "COUNTED",
+    "kind_of",
+    "with_article",
+    "plural",
+    "how_many",
+    "made_up",
+    "draw_count",
+    "make_counts",
+    "ask",
+    "make_tasks",
+    "make_stories",
+]
+
 import numpy as np
 from PIL import Image, ImageOps
 

@@ -6,6 +6,14 @@ Of each step every process reads its part of the batches, and all move the same.
 DDP each process holds the whole model; with FSDP2 it holds a part of every tensor.
 """
 
+__all__ = [
+    "whole",
+    "spread",
+    "Together",
+    "TogetherInParts",
+    "join",
+]
+
 import contextlib
 import copy
 

@@ -1,5 +1,60 @@
 # Written by tools/book/sync.py from book/09_training.ipynb.
 # Edit the notebook, not this file.
+"""Training: from cached features, resumable, with a report against controls."""
+
+__all__ = [
+    "train",
+]
+# ruff: noqa: F401 (names that moved to modules of their own are still found here)
+
+import contextlib
+import functools
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from flamingo_lite.batches import Examples, check_examples, make_batch
+from flamingo_lite.checkpoints import (
+    learning_parameters,
+    load_checkpoint,
+    random_states,
+    run_settings,
+    save_checkpoint,
+    trained_rows,
+)
+from flamingo_lite.data import check_texts
+from flamingo_lite.muon import Muon, orthogonalise
+from flamingo_lite.precision import Precision
+from flamingo_lite.reports import (
+    bootstrap_interval,
+    caption_losses,
+    is_checkpoint,
+    is_report,
+    memory_in_use,
+    progress_line,
+    score_captions,
+    validation_losses,
+)
+from flamingo_lite.steps import (
+    NotFinite,
+    fault_of,
+    is_read_at_once,
+    keep_old_rows,
+    make_optimizers,
+    muon_pays,
+    parameter_groups,
+    read_batch,
+    schedule,
+    spoilt,
+    training_step,
+)
+from flamingo_lite.together import Together, join, whole
+
+
 def _check_numbers(lr, gate_factor, **counts):
     """Raise ValueError for a number that `train` cannot use."""
     for name, (value, least) in counts.items():
@@ -91,57 +146,6 @@ class _Notes:
             opened = [round(gate, 4) for gate in gates]
             done = len(self.history) + 1
             self.history.append({"step": done, "loss": loss, "gates": opened})
-
-
-"""Training: from cached features, resumable, with a report against controls."""
-# ruff: noqa: F401 (names that moved to modules of their own are still found here)
-
-import contextlib
-import functools
-import math
-import signal
-import threading
-import time
-from pathlib import Path
-
-import torch
-
-from flamingo_lite.batches import Examples, check_examples, make_batch
-from flamingo_lite.checkpoints import (
-    learning_parameters,
-    load_checkpoint,
-    random_states,
-    run_settings,
-    save_checkpoint,
-    trained_rows,
-)
-from flamingo_lite.data import check_texts
-from flamingo_lite.muon import Muon, orthogonalise
-from flamingo_lite.precision import Precision
-from flamingo_lite.reports import (
-    bootstrap_interval,
-    caption_losses,
-    is_checkpoint,
-    is_report,
-    memory_in_use,
-    progress_line,
-    score_captions,
-    validation_losses,
-)
-from flamingo_lite.steps import (
-    NotFinite,
-    fault_of,
-    is_read_at_once,
-    keep_old_rows,
-    make_optimizers,
-    muon_pays,
-    parameter_groups,
-    read_batch,
-    schedule,
-    spoilt,
-    training_step,
-)
-from flamingo_lite.together import Together, join, whole
 
 
 class _CtrlC:

@@ -9,6 +9,16 @@ Exported from book/01_clip_features.ipynb. Shapes:
     patches  (B, T_img, F, v, d_img)   the grid of patch tokens, without CLS
 """
 
+__all__ = [
+    "VisionEncoder",
+    "rgb_on_white",
+    "choose_device",
+    "describe_device",
+    "tower_settings",
+    "TimmTower",
+    "load_vision_encoder",
+]
+
 import json
 import math
 import os

@@ -287,3 +287,9 @@ def test_a_cell_may_go_to_a_second_module(tmp_path):
         "two": ["b"],
     }
     assert modules["two"][0].endswith("\nb = 2\n") and "a = 1" not in modules["two"][0]
+    notebook.cells.append(new_code_cell('#| export\n"""One."""\n\nimport os\n_c = 3'))
+    module = sync.export(tmp_path / "x.ipynb", notebook)["one"][0]
+    head, body = module.split('"""One."""\n')  # the docstring comes first, wherever
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert body.startswith('\n__all__ = [\n    "a",\n]\n') and "import os" in body
+    assert "_c = 3" in body and body.endswith("\na = 1\n")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 
@@ -69,6 +70,32 @@ def lacking(needs, everywhere):
     assert {"torch", "einops"} <= modules
     owners, declared = packages_distributions(), {normal(need) for need in needs}
     return {m for m in modules if not declared & {normal(n) for n in owners[m]}}
+
+
+def defined_in(tree):
+    """Public functions, classes and constants of a module's top level."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            if isinstance(target, ast.Name):
+                yield target.id
+
+
+def test_every_module_says_what_it_is_and_what_is_public():
+    """What it imports from others is no part of `__all__`."""
+    modules = [
+        path
+        for path in sorted((ROOT / "flamingo_lite").glob("*.py"))
+        if not path.name.startswith("__")
+    ]
+    assert len(modules) > 20
+    for path in modules:
+        names = {n for n in defined_in(ast.parse(path.read_text())) if n[0] != "_"}
+        module = import_module(f"flamingo_lite.{path.stem}")
+        assert set(module.__all__) == names, path.name
+        assert len(module.__all__) == len(names), path.name
+        assert module.__doc__, path.name
 
 
 def test_what_is_imported_is_declared():

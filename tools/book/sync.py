@@ -8,8 +8,8 @@
     python tools/book/sync.py --repository OWNER/NAME
         the book's address on GitHub, first
 
-Each notebook's setup cell, Colab link and reading time, and the pages of
-`tools/book/pages.py`.
+Each notebook's setup cell, Colab link, reading time and where its pictures lie, and the
+pages of `tools/book/pages.py`.
 
 A cell that starts with `#| default_exp NAME` names the module, and the cells that start
 with `#| export` make it up; those with `#| export OTHER` make up a second one (nbdev's
@@ -70,6 +70,9 @@ COLAB_LINK = (
     "[Open in Colab](https://colab.research.google.com/github/"
     "{slug}/blob/{branch}/book/{name})"
 )
+STILL = re.compile(
+    r"\]\((?:https://raw\.githubusercontent\.com/[^)\s]+/book/)?(images/[^)\s]+)\)"
+)
 INIT = '''\
 """Flamingo, one tensor at a time. Written by the notebooks in book/; see README.md."""
 
@@ -120,6 +123,18 @@ def public_names(tree):
         yield from (name for name in names if not name.startswith("_"))
 
 
+def with_names(code, names):
+    """A module's code with `__all__`, its public names, below its docstring."""
+    listed = "".join(f'    "{name}",\n' for name in dict.fromkeys(names))
+    listed = f"__all__ = [\n{listed}]\n" if listed else "__all__ = []\n"
+    tree = ast.parse(code)
+    if ast.get_docstring(tree) is None:
+        return f"\n{listed}\n\n{code}"
+    lines = code.splitlines(keepends=True)
+    at = tree.body[0].end_lineno
+    return "".join([*lines[:at], "\n", listed, *lines[at:]])
+
+
 def export(path, notebook):
     """What a notebook writes: {module name: (source, public names)}."""
     module, parts, names = None, {}, {}
@@ -139,12 +154,30 @@ def export(path, notebook):
         except SyntaxError as error:
             sys.exit(f"{path.name}, cell {number}: {error.msg} (line {error.lineno})")
         parts.setdefault(into, []).append(code)
+    for cells in parts.values():  # the one with the docstring comes first
+        cells.sort(key=lambda code: ast.get_docstring(ast.parse(code)) is None)
     head = f"# Written by tools/book/sync.py from book/{path.name}.\n"
     head += "# Edit the notebook, not this file.\n"
     return {
-        into: (head + "\n\n\n".join(cells) + "\n", names[into])
+        into: (head + with_names("\n\n\n".join(cells) + "\n", names[into]), names[into])
         for into, cells in parts.items()
     }
+
+
+def stamp_stills(text, repository):
+    """A cell's Markdown with the addresses of the pictures that stand in it.
+
+    Colab opens a notebook without what lies beside it, so that a picture needs its
+    whole address. While the repository is unset, it is only `images/NAME`.
+
+    Args:
+        text: the cell's.
+        repository: of _config.yml, {"url", "branch", …}.
+    """
+    slug = repository["url"].removeprefix("https://github.com/")
+    there = f"https://raw.githubusercontent.com/{slug}/{repository['branch']}/book/"
+    there *= "/OWNER/" not in repository["url"]
+    return STILL.sub(rf"]({there}\1)", text)
 
 
 def set_repository(config, name):
@@ -185,8 +218,12 @@ def main():
         link = COLAB_LINK.format(slug=slug, branch=repository["branch"], name=path.name)
         new_title = COLAB.sub(lambda _, link=link: link, title.source)
         new_title = stamp_reading(new_title, notebook)
-        if (found[0].source, title.source) != (setup, new_title):
-            found[0].source, title.source = setup, new_title
+        before = [cell.source for cell in notebook.cells]
+        found[0].source, title.source = setup, new_title
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = stamp_stills(cell.source, repository)
+        if [cell.source for cell in notebook.cells] != before:
             wanted[path] = nbformat.writes(notebook) + "\n"
         notebooks[path.name] = notebook
         for module, (source, names) in export(path, notebook).items():
