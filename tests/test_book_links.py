@@ -60,6 +60,7 @@ def links_of(document):
         ("chapter 10, 17 pictures", [("chapter 10", "10_few_shot.html")]),
         ("chapter 3 is this page, chapter 99 is none; 4 words", []),
         ("subchapter 2 of theirs, chapter 2x", []),
+        ("Appendix A.1.1 of the paper, chapter 10.2", []),
     ],
 )
 def test_a_chapter_named_by_its_number_is_linked(text, wanted):
@@ -76,6 +77,25 @@ def test_what_is_linked_or_code_is_not_linked_again():
     document += nodes.title("", "Back to chapter 6")
     book_links.link_chapters(app_of(), document, "book/intro")
     assert [text for text, _ in links_of(document)] == ["chapter 2", "chapter 5"]
+
+
+def test_an_exercise_named_by_its_number_is_linked():
+    text = "as in exercise 2.2, below; Exercise\n5b.1 goes on, exercise 99.1 does not"
+    document = page_of(nodes.Text(text))
+    book_links.link_exercises(app_of(), document, "book/02_perceiver")
+    assert links_of(document) == [
+        ("exercise 2.2", "02_perceiver.html#exercise-2-2"),
+        ("Exercise\n5b.1", "05b_loading.html#exercise-5b-1"),
+    ]
+    assert document.astext() == text
+
+
+def test_the_page_of_all_exercises_leads_to_each():
+    there = "03_cross_attention.html#exercises"
+    for page, anchor in (("exercises", "exercise-3-1"), ("intro", "exercises")):
+        link = nodes.reference("", "3.1", refuri=there)
+        book_links.link_exercises(app_of(), page_of(link), f"book/{page}")
+        assert link["refuri"] == f"03_cross_attention.html#{anchor}"
 
 
 def test_a_file_is_copied_beside_the_pages_while_there_is_no_address(tmp_path):

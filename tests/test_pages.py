@@ -324,6 +324,23 @@ def test_sync_sets_the_address(tmp_path):
             sync.set_repository(config, wrong)
 
 
+def test_pictures_of_chapters_have_their_whole_address_once_it_is_set():
+    """Colab opens a notebook alone; the rendered pages keep the copy beside them."""
+    unset = {"url": "https://github.com/OWNER/flamingo_lite", "branch": "main"}
+    ours = {"url": "https://github.com/us/a-book", "branch": "print"}
+    text = "![A (b).](images/figure_a.png)\n\n[All](images/b.svg), [c](c.ipynb)."
+    there = "https://raw.githubusercontent.com/us/a-book/print/book/images"
+    wanted = text.replace("(images", f"({there}")
+    assert sync.stamp_stills(text, ours) == wanted
+    assert sync.stamp_stills(wanted, ours) == wanted
+    assert sync.stamp_stills(wanted, unset) == sync.stamp_stills(text, unset) == text
+    moved = sync.stamp_stills(wanted, {**ours, "url": "https://github.com/you/book"})
+    assert moved == wanted.replace("us/a-book", "you/book")
+    source = [json.dumps({"source": [wanted]})]
+    flamingo_book.own_stills(None, "book/a", source)
+    assert source == [json.dumps({"source": [text]})]
+
+
 def test_the_workflows_are_right():
     paths = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
     assert paths
@@ -488,7 +505,74 @@ def test_an_answer_is_folded_until_it_is_guessed():
     assert folded_of(document) == []
 
 
+@pytest.mark.parametrize(
+    ("bold", "asks"),
+    [
+        ("Before\nyou run it:", True),
+        ("Before you\nlook:", True),
+        ("before you run the next cell:", True),
+        ("Guess", True),
+        ("Guess:", True),
+        ("Guesses", False),
+        ("Exercise 3.3", False),
+        ("Several data sets.", False),
+    ],
+)
+def test_what_asks_for_a_guess(bold, asks):
+    assert bool(flamingo_book.is_question(nodes.strong("", bold))) == asks
+
+
+def test_an_exercise_has_an_anchor():
+    ask = nodes.paragraph("", "", nodes.strong("", "Exercise 5b.1"), nodes.Text(" a"))
+    other = nodes.paragraph("", "", nodes.strong("", "Note"), nodes.Text(" b"))
+    document = chapter_of(*(nodes.block_quote("", p) for p in (ask, other)))
+    flamingo_book.exercise_places(None, document)
+    assert ask["ids"] == ["exercise-5b-1"] and other["ids"] == []
+
+
 # ---------------------------------------------------------------------- rendered
+
+
+class Answers(HTMLParser):
+    """For each bold question of a page: is the next output below it folded?"""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.bold, self.questions, self.folded = [], None, [], {}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        classes = (dict(attributes).get("class") or "").split()
+        if tag in ("div", "details"):
+            self.open.append(tag)
+        if tag == "strong":
+            self.bold = ""
+        if tag == "div" and "cell_output" in classes:
+            new = [
+                question for question in self.questions if question not in self.folded
+            ]
+            self.folded |= dict.fromkeys(new, "details" in self.open)
+
+    def handle_data(self, data):
+        if self.bold is not None:
+            self.bold += data
+
+    def handle_endtag(self, tag):
+        if tag in ("div", "details"):
+            while self.open and self.open.pop() != tag:
+                pass
+        if tag == "strong":
+            if flamingo_book.QUESTION.match(self.bold or ""):
+                self.questions.append((len(self.questions), self.bold))
+            self.bold = None
+
+
+def test_an_open_answer_is_found():
+    page = "<strong>Guess:</strong> how many? <div>{}</div><div class='cell_output'>5"
+    folded = "<details><div class='cell_output'>4</div></details>"
+    assert Answers(page.format(folded)).folded == {(0, "Guess:"): True}
+    assert Answers(page.format("")).folded == {(0, "Guess:"): False}
+    assert Answers(page.format("")[:40]).folded == {}
 
 
 class Rendered(HTMLParser):
@@ -543,6 +627,27 @@ def test_links_and_anchors_of_the_rendered_pages_resolve(rendered):
                 if unquote(address.fragment) not in rendered[there].ids:
                     broken.append((path.name, link))
     assert broken == []
+
+
+def test_answers_are_folded_until_they_are_guessed(rendered):
+    """What the next cell puts out, below every question set in bold."""
+    asked, open_ones = 0, []
+    for path in rendered:
+        page = Answers(path.read_text(encoding="utf-8"))
+        asked += len(page.questions)
+        for question in page.questions:
+            if not page.folded.get(question):
+                open_ones.append((path.stem, *question))
+    assert asked > 100 and open_ones == []
+
+
+def test_every_exercise_is_led_to(rendered):
+    links = rendered[HTML / "book" / "exercises.html"].links
+    led = {link for link in links if "#exercise-" in link}
+    numbers = [e["number"] for n in NOTEBOOKS.values() for e in pages.exercises_of(n)]
+    assert {link.partition("#exercise-")[2] for link in led} == {
+        number.replace(".", "-") for number in numbers
+    }
 
 
 def test_every_word_of_the_glossary_is_linked(rendered):

@@ -1,9 +1,10 @@
 """Sphinx glue of this book: what is mentioned is linked.
 
-A chapter by its number leads to the chapter, a module of the package to its reference,
-another file to the repository, the first use of a word to the glossary. While the
-repository is unset nothing leads to it: a file that is mentioned is then copied beside
-the pages, and no chapter shows a link to open it in Colab.
+A chapter by its number leads to the chapter, an exercise by its number to its question,
+a module of the package to its reference, another file to the repository, the first use
+of a word to the glossary. While the repository is unset nothing leads to it: a file
+that is mentioned is then copied beside the pages, and no chapter shows a link to open
+it in Colab.
 """
 
 import re
@@ -17,8 +18,10 @@ BOOK = Path(__file__).resolve().parents[1]
 ROOT = BOOK.parent
 FILE = re.compile(r"(?:\w[\w-]*/)*\w[\w.-]*\.(?:py|md|ipynb|json|toml|txt|yml|log|bib)")
 CHAPTER = re.compile(r"(?<![\w-])(?:[Cc]hapters?|Appendix|[Aa]ppendices)\s+")
-NUMBERS = re.compile(r"(?:(?:,\s+|\s+and\s+|\s+to\s+)?(?:\d{1,2}[a-e]?|[A-E])\b)+")
+ONE = r"(?:\d{1,2}[a-e]?|[A-E])\b(?!\.\d)"  # A.1.1 is an appendix of some paper
+NUMBERS = re.compile(rf"(?:(?:,\s+|\s+and\s+|\s+to\s+)?{ONE})+")
 NUMBER = re.compile(r"\d{1,2}[a-e]?|[A-E]")
+EXERCISE = re.compile(rf"(?<![\w-])[Ee]xercise\s+(({NUMBER.pattern})\.\d+)\b")
 
 
 def chapters():
@@ -98,6 +101,31 @@ def link_chapters(app, doctree, docname):
                 address = app.builder.get_relative_uri(docname, page)
                 says = text[slice(*place)]
                 links[place] = nodes.reference("", says, refuri=address, internal=True)
+        put_links(text, links)
+
+
+def place_of_exercise(number):
+    """The anchor of an exercise: "3.1" is at #exercise-3-1."""
+    return f"exercise-{number.replace('.', '-')}"
+
+
+def link_exercises(app, doctree, docname):
+    """`exercise 3.1` leads to its question, a number on the page of all of them too."""
+    if app.builder.format != "html":
+        return
+    for link in doctree.findall(nodes.reference):
+        page, _, anchor = link.get("refuri", "").partition("#")
+        if docname == "book/exercises" and anchor == "exercises":
+            link["refuri"] = f"{page}#{place_of_exercise(link.astext())}"
+    pages = chapters()
+    for text in running_text(doctree):
+        links = {}
+        for match in EXERCISE.finditer(text):
+            if match[2] in pages:
+                page = app.builder.get_relative_uri(docname, pages[match[2]])
+                to = f"{page}#{place_of_exercise(match[1])}"
+                link = nodes.reference("", match[0], refuri=to, internal=True)
+                links[match.span()] = link
         put_links(text, links)
 
 
@@ -181,5 +209,6 @@ def setup(app):
     """Called by flamingo_book.py."""
     app.connect("doctree-read", no_dead_links)
     app.connect("doctree-resolved", link_chapters)
+    app.connect("doctree-resolved", link_exercises)
     app.connect("doctree-resolved", link_files)
     app.connect("doctree-resolved", link_terms)

@@ -1,8 +1,8 @@
 """Sphinx glue of this book.
 
-Badges on exported cells, folded set-up, plots and answers, numbered captions, one copy
-of thebe's script, docstrings as they are written here, the map with its links, a
-description of each page, citations in the chapters' style.
+Badges on exported cells, folded set-up, plots and answers, numbered captions, a place
+for each exercise, one copy of thebe's script, docstrings as they are written here, the
+map with its links, a description of each page, citations in the chapters' style.
 """
 
 import ast
@@ -28,7 +28,11 @@ from sphinxcontrib.bibtex.style.referencing.author_year import AuthorYearReferen
 
 DIRECTIVE = re.compile(r"^#\|\s*(default_exp|export)\b[ \t]*(\S*)[ \t]*\n?", re.M)
 CHAPTER_NUMBER = re.compile(r"(?:Appendix )?([0-9A-Z]\w*)\. ")
-QUESTION = re.compile(r"before you (run|look)\b", re.I)
+QUESTION = re.compile(r"before\s+you\s+(run|look)\b|guess\b", re.I)
+EXERCISE = re.compile(r"Exercise\s+(\w+\.\d+)")
+STILL = re.compile(
+    r"\]\(https://raw\.githubusercontent\.com/[^)\s]+/book/(images/[^)\s]+)\)"
+)
 SHORT = 5  # lines; a cell of fewer is not worth folding
 BOOK = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BOOK.parent))  # autodoc imports flamingo_lite from here
@@ -129,7 +133,7 @@ def fold(part, what, place):
 
 
 def is_question(node):
-    """True if this is the bold text that asks for a guess: "Before you run it"."""
+    """True if this is bold text that asks for a guess: "Before you run it", "Guess"."""
     return isinstance(node, nodes.strong) and QUESTION.match(node.astext())
 
 
@@ -199,6 +203,23 @@ def captions(app, doctree):
         if output is not None:
             paragraph.parent.remove(paragraph)
             output += paragraph
+
+
+def exercise_places(app, doctree):
+    """Each exercise gets an anchor: `**Exercise 3.1**` is at #exercise-3-1."""
+    for quote in doctree.findall(nodes.block_quote):
+        bold = next(quote.findall(nodes.strong), None)
+        number = EXERCISE.fullmatch(bold.astext()) if bold else None
+        if number:
+            quote[0]["ids"].append(book_links.place_of_exercise(number[1]))
+
+
+def own_stills(app, docname, source):
+    """A chapter's pictures are those beside it, also where it names the repository.
+
+    `tools/book/sync.py` writes whole addresses for Colab; the pages work from a disk.
+    """
+    source[0] = STILL.sub(r"](\1)", source[0])
 
 
 def one_thebe(app, pagename, templatename, context, doctree):
@@ -421,6 +442,8 @@ def setup(app):
     app.add_config_value("book_description", "", "html")
     app.connect("config-inited", without_address)
     app.connect("config-inited", no_strangers)
+    app.connect("source-read", own_stills)
+    app.connect("doctree-read", exercise_places)
     app.connect("doctree-read", captions)
     app.connect("doctree-read", folds)
     app.connect("doctree-read", badges)
