@@ -10,9 +10,19 @@
 Only what has its line in `rows.jsonl` counts, so a writer may die at any moment.
 """
 
+__all__ = [
+    "FORMAT",
+    "NUMBER_FORMATS",
+    "cache_settings",
+    "FeatureCache",
+    "cache_features",
+    "PixelSource",
+]
+
 import hashlib
 import json
 import os
+import random
 import shutil
 import sys
 import time
@@ -48,11 +58,45 @@ def _digest(*parts):
     return digest.hexdigest()
 
 
-def _trial(image_processor):
-    """What an image processor makes of a wide and of a tall picture of noise."""
-    noise = np.random.default_rng(0).integers(0, 256, (97, 151, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(one) for one in (noise, noise.transpose(1, 0, 2))]
-    return torch.stack([image_processor(picture) for picture in pictures])
+def _noise(width, height):
+    """An RGB picture of noise; of each size always the same."""
+    rng = np.random.default_rng([width, height])
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def _generators():
+    """The states of the generators that a process shares; a number drawn moves one."""
+    _, numbers, *rest = np.random.get_state()
+    ours = torch.get_rng_state().numpy().tobytes(), numbers.tobytes()
+    return *ours, *rest, random.getstate()
+
+
+_TRIALS = 20  # of each small picture
+
+
+def _trials(image_processor):
+    """What an image processor makes of noise, (5, 3, H, W): scaled up, scaled down.
+
+    Raises:
+        ValueError: it works by chance.
+    """
+    before = _generators()
+    first = image_processor(_noise(151, 97))
+    height, width = first.shape[-2:]
+    small = max(1, 2 * width // 3), max(1, height // 2)
+    large = 7 * width, 5 * height  # so far down, some ways to scale take short cuts
+    pixels, same = [first], True
+    for size, n_trials in ((small, _TRIALS), (large, 2)):
+        for picture in (_noise(*size), _noise(*size[::-1])):
+            made = [image_processor(picture) for _ in range(n_trials)]
+            same = same and all(torch.equal(made[0], other) for other in made[1:])
+            pixels.append(made[0])
+    if not same or _generators() != before:
+        raise ValueError(
+            "the image processor changes a picture by chance, and features on disk "
+            "would stay as they are: take PixelSource"
+        )
+    return torch.stack(pixels)
 
 
 @torch.no_grad()
@@ -71,12 +115,7 @@ def cache_settings(visual, image_processor, dtype=torch.float16):
     name = str(dtype).removeprefix("torch.")
     if name not in NUMBER_FORMATS:
         raise ValueError(f"want {' or '.join(NUMBER_FORMATS)}, got {name}")
-    pixels = _trial(image_processor)  # (2, 3, H, W)
-    if not torch.equal(pixels, _trial(image_processor)):
-        raise ValueError(
-            "the image processor changes a picture by chance, and features on disk "
-            "would stay as they are: take PixelSource"
-        )
+    pixels = _trials(image_processor)  # (5, 3, H, W)
     checksum = 0  # of all weights; the fingerprint looks at the first of each matrix
     for _, tensor in sorted(visual.state_dict().items()):
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -311,7 +350,8 @@ class FeatureCache:
     """Features in a folder, read when they are asked for: `features[[3, 5]]`.
 
     It goes where a tensor of `encode_pictures` goes, and holds none of it in memory.
-    `cache_features` makes one.
+    Who goes through all of it, as `caption` does, gets one picture's after another and
+    keeps them: give `features[[3, 5]]` of many. `cache_features` makes one.
 
     Args:
         folder: the folder KEY.
@@ -346,6 +386,10 @@ class FeatureCache:
 
     def __len__(self):
         return len(self.hashes)
+
+    def __iter__(self):
+        """Each picture's features, (F, v, d_img), read one by one."""
+        return (self[number] for number in range(len(self)))
 
     def __repr__(self):
         return f"FeatureCache({self.shape}, {_words(self.nbytes)}, {self.folder})"

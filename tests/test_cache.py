@@ -11,6 +11,7 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import signal
 import sys
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import D_IMG, V
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 import flamingo_lite.cache as cache
@@ -42,6 +43,7 @@ from flamingo_lite import (
     make_tasks,
     nearest,
     read_picture,
+    score_candidates,
     train,
 )
 
@@ -382,13 +384,68 @@ def test_another_image_processor_gets_other_features(tmp_path, paths):
     assert one.folder != two.folder and not torch.equal(one[:], two[:])
 
 
-def test_chance_is_refused(tmp_path, paths):
+def scaled(how, **kwargs):
+    """An image processor that makes 224 x 224 pixels."""
+
+    def process(picture):
+        small = picture.resize((224, 224), how, **kwargs)
+        return torch.tensor(np.asarray(small)).permute(2, 0, 1).float() / 255
+
+    return process
+
+
+def padded(picture):
+    """As `processor`, but what is narrow is not scaled up."""
+    return processor(ImageOps.pad(picture, (8, 8)) if picture.width < 8 else picture)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (scaled(Image.Resampling.BOX), scaled(Image.Resampling.NEAREST)),
+        (scaled(BICUBIC := Image.Resampling.BICUBIC), scaled(BICUBIC, reducing_gap=3)),
+        (processor, padded),
+    ],
+    ids=["down", "far down", "up"],
+)
+def test_each_way_of_scaling_shows(one, other):
+    """Some differ where a picture is made smaller, and some where it is made larger."""
+    settings = [cache_settings(Tower(), way)["pixels"] for way in (one, one, other)]
+    assert settings[0] == settings[1] != settings[2]
+
+
+own = np.random.default_rng(0)
+CHANCE = {
+    "torch": lambda: torch.rand(1).item(),
+    "numpy": np.random.rand,
+    "python": random.random,
+    "a generator of its own": own.random,
+}
+
+
+@pytest.mark.parametrize("kind", CHANCE)
+def test_chance_is_refused(tmp_path, paths, kind):
+    """Of what changes one picture in five thousand, too, if others can see it draw."""
+    share = 0.3 if kind == "a generator of its own" else 0.0002
+
     def noisy(picture):
-        return processor(picture) + torch.rand(1)
+        return processor(picture) + float(CHANCE[kind]() < share)
 
     with pytest.raises(ValueError, match="by chance.* take PixelSource"):
         cache_features(tmp_path / "f", Tower(), noisy, paths)
     assert not (tmp_path / "f").exists()
+
+
+def test_asking_for_the_settings_draws_nothing():
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    drawn = [draw() for draw in list(CHANCE.values())[:3]]
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    cache_settings(Tower(), processor)
+    assert drawn == [draw() for draw in list(CHANCE.values())[:3]]
 
 
 # ----------------------------------------------------------------- killed, and on
@@ -797,6 +854,15 @@ def test_captions_and_few_shot_from_it(flamingo):
         caption(model, None, tokenizer, f, max_new_tokens=4) for f in (some, exact)
     ]
     assert words[0] == words[1]
+    for images in (there, there.select([3, 4])):  # as a whole
+        alike = caption(model, None, tokenizer, images[:], max_new_tokens=4)
+        assert caption(model, None, tokenizer, images, max_new_tokens=4) == alike
+    two = "<image>a<|endofchunk|><image>", ["a tent", "a lemon"]
+    scores = [
+        score_candidates(model, None, tokenizer, f, *two)
+        for f in (there.select([3, 4]), tensor[[3, 4]])
+    ]
+    assert torch.equal(*scores)
     episodes = [
         {"numbers": [1, -1, 7], "texts": ["a dax", "a wug", "a dax"]},
         {"numbers": [3, 2, 2], "texts": ["a wug", "a dax", "a wug"]},
@@ -856,6 +922,18 @@ def test_pixels_are_a_source_too(make_model, paths):
         batch = make_batch([2, 9], features, texts, tokenizer, "cpu")
         losses.append(model(batch.pop("vision_x", None), **batch).loss)
     torch.testing.assert_close(*losses)
+
+
+def test_a_tower_that_is_unfrozen_learns_from_pixels(make_model, paths):
+    model, image_processor, tokenizer = make_model(gates=1.0)
+    model.vision_encoder.requires_grad_(True)
+    tower = model.vision_encoder.state_dict()
+    before = {name: tensor.clone() for name, tensor in tower.items()}
+    texts = [f"picture {i}" for i in range(20)]
+    train(model, tokenizer, PixelSource(paths, image_processor), texts, 2, report=str)
+    moved = [n for n, t in tower.items() if not torch.equal(t, before[n])]
+    last = "transformer.resblocks.1.mlp.c_fc.weight"
+    assert "conv1.weight" in moved and last in moved
 
 
 def test_pixels_change_with_the_image_processor(paths):
