@@ -52,6 +52,19 @@ def test_a_figure_stands_in_its_chapter_with_a_small_still(name):
     assert (IMAGES / f"figure_{name}.png").stat().st_size < 120_000
 
 
+def test_below_every_still_stands_where_it_answers():
+    """In one form, for a notebook shows the still alone."""
+    below = [
+        cell.source.rpartition(".png)")[2].split()
+        for path in sorted((ROOT / "book").glob("[0-9A-Z]*.ipynb"))
+        for cell in nbformat.read(path, as_version=4).cells
+        if "images/figure_" in cell.source
+    ]
+    assert len(below) >= len(CHAPTERS)
+    says = "In the rendered book this figure answers:"
+    assert {" ".join(words[:7]) for words in below} == {says}
+
+
 def resolved(uri, builder="html"):
     """What the extension makes of a page with a word and one picture."""
     page = new_document("a page")

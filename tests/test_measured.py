@@ -2,12 +2,16 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
+from importlib.metadata import distributions
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from packaging.version import Version
 
 MEASURED = {
     "benchmark.json": {"step", "tower", "generation", "memory", "growth"},
@@ -124,6 +128,42 @@ def test_readme_has_what_was_measured(tmp_path):
         for row in group["rows"]
     }
     assert cases == set(benchmark.AT_MOST)
+
+
+def test_the_versions_in_readme_are_those_that_the_project_claims():
+    """The same tests in each row, from the oldest libraries to the newest."""
+    page, (bases, _) = (ROOT / "README.md").read_text(), tool("versions").claims()
+    table = page.split("| torch |", 1)[1].split("\n\n", 1)[0]
+    header, _, *rows = (re.findall(r"[^|\s]+", line) for line in table.splitlines())
+    names = ["torch", *header]
+    rows = [dict(zip(names, row, strict=True)) for row in rows]
+    assert len(rows) == 4 and {row["failed"] for row in rows} == {"0"}
+    assert len({int(row["passed"]) + int(row["skipped"]) for row in rows}) == 1
+    for row, base in ((rows[0], "oldest"), (rows[-1], "newest")):
+        for name, version in bases[base].items():
+            if name in row and version:
+                assert Version(row[name]) == Version(version), (base, name)
+    assert "Five are those of `make test-smol`; the two more that the oldest" in page
+    assert [row["skipped"] for row in rows] == ["7", "5", "5", "5"]
+
+
+def test_sizes_of_downloads_are_said_alike():
+    """README, the Makefile and the page of the set-up; 93 MB needs PyPI to be known."""
+    pages = ["README.md", "Makefile", "book/before_you_start.md"]
+    said = {name: (ROOT / name).read_text() for name in pages}
+    libraries = {n for p in said.values() for n in re.findall(r"about (\d+) GB", p)}
+    of_smol = re.compile(r"(\d+) MB(?: more|,) from PyPI")
+    smol = {n for p in said.values() for n in of_smol.findall(p)}
+    assert libraries == {"6"} and smol == {"93"}
+
+
+@pytest.mark.skipif(
+    Path(sys.prefix) != ROOT / ".venv" or sys.platform != "linux",
+    reason="not the environment that make makes on Linux",
+)
+def test_the_libraries_take_about_as_much_disk_as_is_said():
+    files = (file for one in distributions() for file in one.files or ())
+    assert 5.5e9 < sum(file.size or 0 for file in files) < 6.7e9
 
 
 def test_one_of_each_shape_counts_for_all():

@@ -189,11 +189,23 @@ def api_page(modules):
     return page.rstrip() + "\n"
 
 
+def stamp_rows(page, notebooks):
+    """A page on which the rows of tables that link notebooks end with their times."""
+    times = {name: minutes_of(notebook) for name, notebook in notebooks.items()}
+
+    def row(match):
+        links = re.findall(r"[(/](\w+\.ipynb)\)", match[0])
+        known = [times[name] for name in links if times.get(name)]
+        return f"{match[1]} {' + '.join(map(str, known)) or '–'} min |"
+
+    return re.sub(r"^(\|.*\.ipynb\).*\|)[^|\n]*\|$", row, page, flags=re.M)
+
+
 def stamp_times(page, notebooks):
     """Write into the landing page how long each chapter takes, and all of them.
 
-    A row of the map that links a notebook ends with its time; a notebook without a row
-    gets one below that of the notebook before. `<b>…</b> in all` is the sum.
+    A notebook without a row in the map gets one below that of the notebook before.
+    `take about <b>…</b>` is the sum.
     """
     before = None
     for name, notebook in notebooks.items():
@@ -204,16 +216,9 @@ def stamp_times(page, notebooks):
             above = re.compile(rf"^\|.*\]\({re.escape(before)}\).*\n", re.M)
             page = above.sub(lambda found, row=row: found[0] + row, page, count=1)
         before = name
-    times = {name: minutes_of(notebook) for name, notebook in notebooks.items()}
-
-    def row(match):
-        links = re.findall(r"\((\w+\.ipynb)\)", match[0])
-        known = [times[name] for name in links if times.get(name)]
-        return f"{match[1]} {' + '.join(map(str, known)) or '–'} min |"
-
-    page = re.sub(r"^(\|.*\.ipynb\).*\|)[^|\n]*\|$", row, page, flags=re.M)
-    total = sum(time for time in times.values() if time)
-    return re.sub(r"<b>[^<]*</b> in all", f"<b>{hours(total)}</b> in all", page)
+    page = stamp_rows(page, notebooks)
+    total = sum(minutes_of(notebook) or 0 for notebook in notebooks.values())
+    return re.sub(r"take about <b>[^<]*</b>", f"take about <b>{hours(total)}</b>", page)
 
 
 def stamp_scores(page, notebook):

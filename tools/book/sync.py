@@ -8,8 +8,8 @@
     python tools/book/sync.py --repository OWNER/NAME
         the book's address on GitHub, first
 
-Each notebook's setup cell, Colab link, reading time and where its pictures lie, and the
-pages of `tools/book/pages.py`.
+Each notebook's setup cell, Colab link, reading time and where its pictures lie, the
+pages of `tools/book/pages.py`, and the times in README.md.
 
 A cell that starts with `#| default_exp NAME` names the module, and the cells that start
 with `#| export` make it up; those with `#| export OTHER` make up a second one (nbdev's
@@ -37,6 +37,7 @@ from tools.book.pages import (
     exercises_page,
     stamp_cover,
     stamp_reading,
+    stamp_rows,
     stamp_scores,
     stamp_times,
     title_of,
@@ -252,6 +253,8 @@ def main():
     if (cover := book / "images" / "cover.json").exists():
         landing = stamp_cover(landing, json.loads(cover.read_text()))
     wanted[book / "intro.md"] = landing
+    readme = (ROOT / "README.md").read_text()
+    wanted[ROOT / "README.md"] = stamp_rows(readme, notebooks)
     stale = [p for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     for path in sorted((ROOT / "flamingo_lite").glob("*.py")):
         if path not in wanted:
