@@ -127,13 +127,24 @@ def sizes_of(model):
     language model the numbers fit roughly: `kept_by_backward` measures them.
 
     Raises:
-        ValueError: the language model's configuration does not name a size.
+        ValueError: the tower is one of timm's, or the language model's configuration
+            does not name a size.
     """
     tower, perceiver, lm = model.vision_encoder, model.perceiver, model.lang_encoder
+    if not hasattr(tower, "transformer"):
+        kind = type(getattr(tower, "trunk", tower)).__name__
+        raise ValueError(
+            f"the formulas know towers of open_clip's own, and this is a {kind}: count "
+            "its parameters, and measure a step"
+        )
     attention, wide = perceiver.layers[0]
     block = next(b for b in lm.gated_cross_attn_layers if b is not None)
     config, weight = lm.config, lm.get_input_embeddings().weight
-    ffn = getattr(config, "ffn_dim", None) or getattr(config, "intermediate_size", None)
+    names = ("ffn_dim", "intermediate_size", "n_inner")
+    ffn = next(filter(None, (getattr(config, name, None) for name in names)), None)
+    if not ffn:  # GPT-2 leaves out what is four times its width; MPT says how many
+        times = getattr(config, "expansion_ratio", 4 * hasattr(config, "n_inner"))
+        ffn = times * model.lang_dim
     if not ffn:
         raise ValueError(f"how wide is a {config.model_type!r} layer inside?")
     is_opt = config.model_type == "opt"

@@ -2,9 +2,18 @@
 
 import pytest
 import torch
+from conftest import D_TXT
+from test_edges_vision import SIGLIP, timm_clip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    MptConfig,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from flamingo_lite import (
     GatedCrossAttentionBlock,
@@ -29,7 +38,10 @@ from flamingo_lite.budget import (
 )
 from flamingo_lite.checkpoints import save_checkpoint
 from flamingo_lite.training import make_batch, make_optimizers, training_step
+from flamingo_lite.vision import TimmTower
 
+GPT = {"n_embd": D_TXT, "n_layer": 2, "n_head": 2}
+LLAMA = {"hidden_size": D_TXT, "intermediate_size": 48, "num_attention_heads": 2}
 LEAST, MOST = 0.98, 1.15  # of what is measured: a budget may be too large, not small
 
 
@@ -91,6 +103,31 @@ def test_sizes_are_read_off_a_model(kwargs, make_model):
         assert counts["perceiver"] == count(model.perceiver)
         assert counts["gated blocks"] == count(lm.gated_cross_attn_layers)
         assert sum(counts.values()) == count(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "inside"),
+    [
+        (GPT2Config(**GPT), 4 * D_TXT),
+        (GPT2Config(**GPT, n_inner=48), 48),
+        (GPTJConfig(**GPT, rotary_dim=8), 4 * D_TXT),
+        (LlamaConfig(**LLAMA), 48),
+        (MptConfig(d_model=D_TXT, n_layers=2, n_heads=2, expansion_ratio=3), 3 * D_TXT),
+    ],
+    ids=["gpt2", "gpt2, told", "gptj", "llama", "mpt"],
+)
+def test_the_width_inside_of_other_language_models(make_model, config, inside):
+    """GPT-2's configuration leaves it out: then it is four times the width."""
+    model = make_model()[0]
+    model.lang_encoder.config = config
+    assert sizes_of(model)["lm"]["ffn"] == inside
+
+
+def test_a_timm_tower_has_no_formula(make_model):
+    model = make_model()[0]
+    model.vision_encoder = TimmTower(timm_clip("test_vit3", **SIGLIP)[1].visual)
+    with pytest.raises(ValueError, match="open_clip's own, and this is a VisionTrans"):
+        sizes_of(model)
 
 
 # ---------------------------------------------------------------------------- memory
