@@ -15,6 +15,7 @@ __all__ = [
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -33,6 +34,23 @@ def _say(line):
     print(line, file=sys.stderr, flush=True)
 
 
+def _number(kind, least):
+    """What reads a number for argparse: an int or a float, finite, from `least`."""
+    what = {int: "whole", float: "finite"}[kind]
+
+    def read(word):
+        try:
+            number = kind(word)
+        except ValueError:
+            number = math.nan
+        if not least <= number < math.inf:
+            problem = f"want a {what} number from {least}, got {word!r}"
+            raise argparse.ArgumentTypeError(problem)
+        return number
+
+    return read
+
+
 def _add_train(add):
     """The options of `train`."""
     of = "(default: %(default)s)"
@@ -40,13 +58,14 @@ def _add_train(add):
     add("--out", required=True, metavar="FOLDER", help="where the model is written")
     add("--size", choices=("tiny", "smol", "paper"), default="tiny", help=of)
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--steps", type=int, default=1000, help=of)
-    add("--batch-size", type=int, default=64, help=f"pictures in a step {of}")
-    add("--lr", type=float, default=1e-3, help=f"learning rate {of}")
-    add("--seed", type=int, default=0, help=of)
+    count, size = _number(int, 0), _number(int, 1)
+    add("--steps", type=count, default=1000, help=of)
+    add("--batch-size", type=size, default=64, help=f"pictures in a step {of}")
+    add("--lr", type=_number(float, 0), default=1e-3, help=f"learning rate {of}")
+    add("--seed", type=count, default=0, help=of)
     add("--precision", choices=("float32", "bfloat16", "float16"))
     add("--validation", metavar="FOLDER", help="pictures that it is tested on")
-    add("--report-every", type=int, default=50, help=f"steps to a checkpoint {of}")
+    add("--report-every", type=count, default=50, help=f"steps to a checkpoint {of}")
     _add_shared(add, "--features", "--skip-broken")
 
 
@@ -216,6 +235,9 @@ def _score(options):
         "exact": sum(text in own for text, own in pairs) / len(pairs),
     }
     for name, beside in (("true", texts), ("shuffled", _of_others(texts))):
+        if name == "shuffled" and beside == texts:  # one picture; one text for all
+            _say("no control: no picture has another caption to be compared with")
+            continue
         losses = flamingo_lite.caption_losses(model, tokenizer, features, beside)
         scores[f"loss, {name}"] = float(losses.mean())
     if options.json:
@@ -242,6 +264,16 @@ def _parts(model):
     )
 
 
+def _memory(model):
+    """What a step of training needs, or why that is not known: in words."""
+    try:
+        sizes = flamingo_lite.sizes_of(model)
+    except ValueError as error:
+        return f"not known: {error}"
+    needs = flamingo_lite.memory_budget(sizes, B=64).values()
+    return f"{sum(needs) / 1e9:.2f} GB, of one picture each"
+
+
 def _info(options):
     """Print versions, the device, where files are kept, and a model's size."""
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -257,9 +289,7 @@ def _info(options):
     facts["features in"] = _kept() / "features"
     facts |= {name: f"{count:,} numbers" for name, count in parts.items()}
     if options.model:
-        sizes = flamingo_lite.sizes_of(model)
-        needs = flamingo_lite.memory_budget(sizes, B=64).values()
-        facts["a step of 64"] = f"{sum(needs) / 1e9:.2f} GB, of one picture each"
+        facts["a step of 64"] = _memory(model)
     for name, value in facts.items():
         print(f"{name:15s} {value}")
 

@@ -10,9 +10,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_edges_vision import TIMM, timm_clip
 
 import flamingo_lite
 from flamingo_lite import cli, run_command, training
@@ -179,6 +180,41 @@ def test_no_text_stays_where_it_was(n):
     assert all(own != other for own, other in zip(texts, others, strict=True))
 
 
+def test_one_picture_has_no_control(command, tmp_path):
+    """Nor have pictures that all have the same caption."""
+    one = write_folder(tmp_path / "one", COLOURS[:1])
+    alike = write_folder(tmp_path / "alike", COLOURS[:3])
+    listing = alike / "metadata.jsonl"
+    listing.write_text(re.sub("a .+? square", "a square", listing.read_text()))
+    for folder in (one, alike):
+        code, result, told = command("score", "--images", folder, "--json")
+        assert code == 0 and "no control: no picture has another caption" in told
+        assert "loss, true" in json.loads(result)
+        assert "loss, shuffled" not in json.loads(result)
+    assert "shuffled" not in command("score", "--images", one)[1]
+
+
+def test_info_of_a_timm_tower_says_what_is_known(command, backbones, tmp_path):
+    """As of SigLIP's and ConvNeXt's; the memory of a step is of open_clip's towers."""
+    for name in ("test_vit3", "test_convnext"):
+        config, clip = timm_clip(name, **TIMM[name])
+        folder = tmp_path / name
+        folder.mkdir()
+        saved = {"model_cfg": {**config, "custom_text": True}}
+        (folder / "open_clip_config.json").write_text(json.dumps(saved))
+        save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+        parts = f"local-dir:{folder}", None, backbones["opt"], backbones["opt"]
+        model = flamingo_lite.create_model_and_transforms(*parts, **SMALL)[0]
+        flamingo_lite.save_flamingo(model, tmp_path / "mine")
+        code, result, told = command("info", "--model", tmp_path / "mine")
+        facts = {line[:15].strip(): line[16:] for line in result.splitlines()}
+        n = sum(p.numel() for p in model.vision_encoder.parameters())
+        assert (code, facts["vision encoder"]) == (0, f"{n:,} numbers")
+        kind = type(clip.visual.trunk).__name__
+        assert facts["a step of 64"].startswith("not known: ")
+        assert f"this is a {kind}" in facts["a step of 64"] and "Traceback" not in told
+
+
 def test_info_names_versions_device_and_sizes(command, monkeypatch, tmp_path):
     monkeypatch.setenv("FLAMINGO_LITE_CACHE", str(tmp_path / "made"))
     code, result, _ = command("info", "--model", "tiny")
@@ -309,7 +345,6 @@ def mistakes(images, folder):
             "is a file",
         ),
         "no such device": ([*train, "--device", "abacus"], "--device abacus"),
-        "no such number": ([*train, "--batch-size", 0], "batch_size"),
         "a broken picture": (["train", "--images", broken, "--out", new], "red.png"),
         "no such validation": ([*train, "--validation", "nowhere"], "nowhere"),
         "caption: no picture": (["caption", folder / "no.png"], "no.png"),
@@ -323,7 +358,7 @@ def mistakes(images, folder):
 
 MISTAKES = (
     "no such folder,no captions,out holds something,out is a file,no such device,"
-    "no such number,a broken picture,no such validation,caption: no picture,"
+    "a broken picture,no such validation,caption: no picture,"
     "caption: a text,caption: no model,caption: no <image>,score: no folder,"
     "info: no model"
 ).split(",")
@@ -348,6 +383,12 @@ def test_a_mistake_is_one_line(command, images, tmp_path, kind):
         ["train", "--images", "a"],
         ["train", "--images", "a", "--out", "b", "--size", "huge"],
         ["train", "--images", "a", "--out", "b", "--steps", "many"],
+        ["train", "--images", "a", "--out", "b", "--steps", "-1"],
+        ["train", "--images", "a", "--out", "b", "--batch-size", 0],
+        ["train", "--images", "a", "--out", "b", "--lr", "-1e-3"],
+        ["train", "--images", "a", "--out", "b", "--lr", "nan"],
+        ["train", "--images", "a", "--out", "b", "--seed", "-1"],
+        ["train", "--images", "a", "--out", "b", "--report-every", "-1"],
         ["caption"],
         ["score", "--images", "a", "--precise"],
     ],
@@ -356,6 +397,13 @@ def test_a_wrong_option_is_refused_with_the_usage(command, words):
     code, result, told = command(*words)
     assert (code, result) == (2, "")
     assert told.startswith("usage: python -m flamingo_lite") and "error:" in told
+
+
+def test_a_number_that_is_too_small_is_told_what_it_may_be(command):
+    words = ["train", "--images", "a", "--out", "b", "--batch-size"]
+    want = "argument --batch-size: want a whole number from 1, got "
+    assert command(*words, 0)[2].endswith(f"{want}'0'\n")
+    assert command(*words, "3.5")[2].endswith(f"{want}'3.5'\n")
 
 
 def test_a_text_that_is_too_long_is_found_before_a_picture_is_encoded(
