@@ -224,6 +224,10 @@ class Examples:
         order = self.lengths, self.per_step, step, self.seed
         return batch_for_step(*order, self._n_tokens)
 
+    def n_pictures(self, step):
+        """How many pictures a step reads, in all processes."""
+        return sum(self.lengths[row] for row in self.rows(step))
+
     def batches(self, step, device, process=0, n_processes=1):
         """The micro-batches of a step, or one process's share: list of dicts."""
         rows = self.rows(step)

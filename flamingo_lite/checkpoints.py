@@ -201,6 +201,28 @@ def read_checkpoint(path):
     return state
 
 
+def _glance(features, n=16):
+    """A few numbers of a few pictures' features, to tell them from others': list.
+
+    Empty for pixels: a source of them may draw them anew each time.
+    """
+    if len(features.shape) != 4:
+        return []
+    places = torch.linspace(0, len(features) - 1, min(n, len(features)))
+    some = features[places.round().long().tolist()].flatten(1).float()  # (n, numbers)
+    columns = torch.linspace(0, some.shape[1] - 1, min(n, some.shape[1]))
+    return some[:, columns.round().long()].cpu().flatten().tolist()
+
+
+def _are_alike(glance, other):
+    """Are they of the same pictures, but for how another machine rounds?"""
+    if len(glance) != len(other):
+        return False
+    one, two = torch.tensor([glance, other])  # (numbers,) each
+    apart, size = (one - two).abs().mean(), one.abs().mean()
+    return bool(apart <= 0.1 * size)
+
+
 def run_settings(
     features,
     texts,
@@ -229,6 +251,7 @@ def run_settings(
         "seed": int(seed),
         "order": "batches by length",
         "pictures": list(features.shape),
+        "glance": _glance(features),
         "checksum of the texts": zlib.crc32(repr((texts, sequences)).encode()),
         "texts": [repr(text) for text in texts],
         "sequences": sequences,
@@ -262,8 +285,15 @@ def _check_settings(path, state, settings):
     """Raise ValueError if a checkpoint is of a run with other settings or texts."""
     # Older checkpoints do not hold the texts, but only their checksum.
     saved = {name: settings[name] for name in ("texts", "sequences")}
-    saved |= {"accumulate": 1, "warmup": 50}
+    saved |= {"accumulate": 1, "warmup": 50, "glance": settings["glance"]}
     saved |= state["settings"]
+    if saved["pictures"] == settings["pictures"]:
+        if not _are_alike(saved["glance"], settings["glance"]):
+            raise ValueError(
+                f"{path} is of another run, use another file: it was trained on other"
+                " pictures, or on features of another vision encoder"
+            )
+        saved["glance"] = settings["glance"]
     if different := _differences(saved, settings):
         if (n_steps := saved.get("n_steps")) != settings["n_steps"]:
             different += (

@@ -27,11 +27,12 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
 
-from flamingo_lite.generation import caption, make_prompt
+from flamingo_lite.generation import _later, caption, make_prompt
 from flamingo_lite.tasks import made_up, with_article
 
 QUESTIONS = ("thing", "number", "kind")
@@ -227,11 +228,11 @@ def make_episodes(
     return episodes
 
 
-def _pictures_of(episodes, features):
-    """(episodes, T_img, F, v, d_img) features, once the numbers fit them."""
+def _picture_numbers(episodes, features):
+    """The picture numbers of each episode, lists, once features have them all."""
     if isinstance(episodes, Mapping) or not len(episodes):
         raise ValueError("want a list of one or more episodes")
-    if features.ndim != 4:
+    if len(features.shape) != 4:
         raise ValueError(f"want (scenes, F, v, d_img), got {tuple(features.shape)}")
     numbers, n = [episode["numbers"] for episode in episodes], len(features)
     for i, row in enumerate(numbers):
@@ -243,7 +244,7 @@ def _pictures_of(episodes, features):
             raise ValueError(f"episode {i} wants pictures {row}, and there are {n}")
     if {-1, n - 1} <= {number for row in numbers for number in row}:
         raise ValueError("picture -1 should be a blank one, put last, and is a scene")
-    return features[torch.tensor(numbers)]
+    return [[number % n for number in row] for row in numbers]
 
 
 def answer(model, tokenizer, features, episodes, batch_size=50, **kwargs):
@@ -252,7 +253,8 @@ def answer(model, tokenizer, features, episodes, batch_size=50, **kwargs):
     Args:
         model, tokenizer: from `load_flamingo`.
         features: (scenes, F, v, d_img), see `encode_pictures`; for "no pictures" a
-            blank picture's after those of the scenes.
+            blank picture's after those of the scenes. Or a `FeatureCache`, of which
+            only the pictures of one batch are in memory.
         episodes: all with the same number of pictures.
         batch_size: prompts at a time.
         **kwargs: for `caption`.
@@ -260,10 +262,18 @@ def answer(model, tokenizer, features, episodes, batch_size=50, **kwargs):
     Raises:
         ValueError: no episodes, or features that are not those of their scenes.
     """
-    pictures = _pictures_of(episodes, features)
+    numbers = _picture_numbers(episodes, features)
     prompts = [make_prompt(e["texts"][:-1]) for e in episodes]
     settings = {"max_new_tokens": 8, "batch_size": batch_size, **kwargs}
-    return caption(model, None, tokenizer, pictures, prompts, **settings)
+    may_follow, said = kwargs.get("prefix_allowed_tokens_fn"), []
+    for first in range(0, len(episodes), batch_size):
+        if may_follow is not None:  # it counts the episodes of all batches
+            settings["prefix_allowed_tokens_fn"] = partial(_later, may_follow, first)
+        rows = numbers[first : first + batch_size]  # (B, T_img)
+        pictures = features[sum(rows, [])].unflatten(0, (len(rows), -1))
+        own = prompts[first : first + batch_size]
+        said += caption(model, None, tokenizer, pictures, own, **settings)
+    return said
 
 
 def in_words(episode, scenes):

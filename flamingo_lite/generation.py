@@ -258,6 +258,8 @@ def caption(
 
     Threads that share a model wait for each other.
     """
+    if batch_size != int(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size: want a whole number from 1, got {batch_size}")
     rows = _rows(images)
     prompts = [prompt] * len(rows) if isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(rows):
@@ -299,8 +301,14 @@ def stream_caption(
         or their features, (T_img, F, v, d_img). No beams, and one text.
 
     Leaving the loop stops the writing; an error in it is raised here. Another call of
-    the model, in the loop or in another thread, waits until the text is written.
+    the model, in the loop or in another thread, waits until the text is written. So it
+    is a RuntimeError inside `with model.alone():`.
     """
+    if model.alone()._is_owned():  # by this thread, and another one is to write
+        raise RuntimeError(
+            "stream_caption inside `with model.alone():` would wait for itself: call "
+            "it outside, or call caption"
+        )
     options = _options(model, tokenizer, kwargs, max_new_tokens)
     for name in ("num_beams", "num_return_sequences"):
         if (asked_for(model.lang_encoder, kwargs, name) or 1) > 1:

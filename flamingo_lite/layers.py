@@ -147,6 +147,12 @@ class _DecoderLayers(nn.Module):
             gradient_checkpointing: compute layers again in backward, to save memory.
             **cross_attn_kwargs: for `GatedCrossAttentionBlock`.
         """
+        n_layers, N = len(self._get_decoder_layers()), cross_attn_every_n_layers
+        if N not in range(1, n_layers + 1):
+            raise ValueError(
+                f"cross_attn_every_n_layers is {N}, of {n_layers} layers: none would "
+                f"read a picture. Want a whole number from 1 to {n_layers}"
+            )
         self.media_token_id = media_token_id
         self.old_decoder_blocks = self._get_decoder_layers()
         self.gated_cross_attn_layers = nn.ModuleList(

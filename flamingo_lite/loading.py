@@ -23,6 +23,7 @@ __all__ = [
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -295,9 +296,20 @@ def trained_tensors(model: Flamingo) -> dict[str, torch.Tensor]:
     state = model.state_dict()
     tensors = {name: state[name] for name in state if name.startswith(parts)}
     rows = [model.eoc_token_id, model.media_token_id]
-    for name, table in token_tables(model.lang_encoder).items():
+    tables = token_tables(model.lang_encoder)
+    for name, table in tables.items():
         tensors[name] = table.weight.detach()[rows]
-    return tensors
+    return tensors | {name: state[name] for name in _unfrozen(model)}
+
+
+def _unfrozen(model: Flamingo) -> list[str]:
+    """Names of backbone parameters that somebody has unfrozen, besides the two rows."""
+    usual = [*model.perceiver.parameters()]
+    usual += model.lang_encoder.gated_cross_attn_layers.parameters()
+    usual += [table.weight for table in token_tables(model.lang_encoder).values()]
+    known = set(map(id, usual))
+    named = model.named_parameters()
+    return [name for name, p in named if p.requires_grad and id(p) not in known]
 
 
 def save_flamingo(
@@ -307,6 +319,8 @@ def save_flamingo(
     bits: int | None = None,
 ) -> None:
     """Write what was trained, and how the model was built, to a folder.
+
+    What you have unfrozen of the backbones is written, too, as long as it is unfrozen.
 
     Args:
         model: a Flamingo from `build_flamingo` or `create_model_and_transforms`.
@@ -324,7 +338,10 @@ def save_flamingo(
         )
     if bits not in (None, 8):
         raise ValueError(f"bits is 8, or None to keep all in dtype, got {bits!r}")
-    config = json.dumps(model.config.built_with, indent=2, default=os.fspath) + "\n"
+    config = dict(model.config.built_with)
+    if names := _unfrozen(model):
+        config["also_trained"] = names
+    config = json.dumps(config, indent=2, default=os.fspath) + "\n"
     tensors = {
         name: tensor.to(dtype or tensor.dtype).contiguous()
         for name, tensor in trained_tensors(model).items()
@@ -332,10 +349,15 @@ def save_flamingo(
     tensors = foreign.in_bytes(tensors) if bits else tensors
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "flamingo.tmp")
-    (folder / "config.tmp").write_text(config)
-    os.replace(folder / "flamingo.tmp", folder / "flamingo.safetensors")  # whole or not
-    os.replace(folder / "config.tmp", folder / "config.json")
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        weights, listing = Path(unfinished, "weights"), Path(unfinished, "config")
+        save_file(tensors, weights)
+        listing.write_text(config)
+        # Killed between these lines, it is no model at all: never new weights that
+        # are built as the old ones were.
+        (folder / "config.json").unlink(missing_ok=True)
+        os.replace(weights, folder / "flamingo.safetensors")
+        os.replace(listing, folder / "config.json")
 
 
 def load_flamingo(folder_or_name: str | Path = "tiny", **kwargs) -> _Built:
@@ -362,7 +384,7 @@ def load_flamingo(folder_or_name: str | Path = "tiny", **kwargs) -> _Built:
         config, saved = {}, foreign.read_openflamingo(path)
     else:
         config, saved = foreign.read_folder(path, SIZES)
-    needed = config.pop("backbones", {})
+    needed, also = config.pop("backbones", {}), config.pop("also_trained", ())
     named = "size" in config or "lang_encoder_path" not in {**config, **kwargs}
     build = build_flamingo if named else create_model_and_transforms
     try:
@@ -370,6 +392,9 @@ def load_flamingo(folder_or_name: str | Path = "tiny", **kwargs) -> _Built:
         model = built[0]
         present = model.config.built_with["backbones"]
         foreign.check_backbones(needed, present, path)
+        for name, parameter in model.named_parameters():
+            if name in also:
+                parameter.requires_grad_(True)
         wanted = trained_tensors(model)
         if is_file:
             saved = foreign.from_openflamingo(path, saved, model, wanted)

@@ -94,15 +94,15 @@ def shifted_cross_entropy(logits, labels, reduction="mean"):
     return torch.zeros(asked.shape, device=device).index_put(places, losses)
 
 
-def _summed(hidden, answers, head):
+def _summed(hidden, answers, head, reduction="sum"):
     """The summed loss of some tokens, (tokens, d_txt), and what they should predict."""
     scores = head(hidden).float()  # (tokens, vocab)
     return nn.functional.cross_entropy(
-        scores, answers, ignore_index=IGNORE, reduction="sum"
+        scores, answers, ignore_index=IGNORE, reduction=reduction
     )
 
 
-def loss_in_pieces(hidden, answers, head, piece=256):
+def loss_in_pieces(hidden, answers, head, piece=256, reduction="mean"):
     """Mean cross-entropy where there is an answer; `piece` rows of logits at a time.
 
     Args:
@@ -110,9 +110,11 @@ def loss_in_pieces(hidden, answers, head, piece=256):
         answers: (B, T_txt), what each token should predict; -100 where no loss is.
         head: from (tokens, d_txt) to logits, (tokens, vocab).
         piece: how many tokens at a time.
+        reduction: "mean", or "none" for each token's loss, with `answers` on the CPU.
 
     Returns:
-        A float32 scalar. If `answers` are on a GPU and none is there, it is nan.
+        A float32 scalar; with "none" (B, T_txt), 0 where there is no answer. If
+        `answers` are on a GPU and none is there, the scalar is nan.
 
     Raises:
         ValueError: `answers` are on the CPU, and no token has one.
@@ -124,6 +126,12 @@ def loss_in_pieces(hidden, answers, head, piece=256):
         places = [t.to(hidden.device) for t in asked.nonzero(as_tuple=True)]
         hidden, answers = hidden[*places], answers[asked].to(hidden.device)
         n_asked = len(answers)
+        if reduction == "none":
+            parts = zip(hidden.split(piece), answers.split(piece), strict=True)
+            losses = torch.cat([_summed(*part, head, "none") for part in parts])
+            return torch.zeros(asked.shape, device=losses.device).index_put(
+                places, losses
+            )
     else:
         n_asked = asked.sum()
         hidden, answers = hidden.flatten(0, 1), answers.flatten()
@@ -145,29 +153,36 @@ def changes_logits(config):
     return None
 
 
-def loss_at_labels(model, lang_x, labels, vision_x=None, piece=256, **inputs):
+def loss_at_labels(
+    model, lang_x, labels, vision_x=None, piece=256, reduction="mean", **inputs
+):
     """The loss that `model(vision_x, lang_x, labels=labels, …)` has, with less memory.
 
     Args:
         model: a `Flamingo`, or one that a wrapper holds as its `module`.
         lang_x, labels, vision_x, **inputs: as for its forward.
-        piece: see `loss_in_pieces`.
+        piece, reduction: see `loss_in_pieces`.
 
     Returns:
-        A scalar, to the rounding. The logits of the whole text are never made.
+        A scalar, to the rounding; with "none" each token's loss, (B, T_txt - 1), as
+        `shifted_cross_entropy` has it. The logits of the whole text are never made.
 
     Raises:
         ValueError: see `loss_in_pieces` and `Flamingo.forward`.
     """
     lm = getattr(model, "module", model).lang_encoder
     if changes_logits(lm.config):
-        return model(vision_x, lang_x, labels=labels, **inputs).loss
+        if reduction == "mean":
+            return model(vision_x, lang_x, labels=labels, **inputs).loss
+        return shifted_cross_entropy(
+            model(vision_x, lang_x, **inputs).logits, labels, reduction
+        )
     answers = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, T_txt)
     head, losses = lm.get_output_embeddings(), []
 
     def stop(_, args):
         hooks.remove()  # from here on the head works as usual
-        losses.append(loss_in_pieces(args[0], answers, head, piece))
+        losses.append(loss_in_pieces(args[0], answers, head, piece, reduction))
         return (args[0][:, :0],)  # (B, 0, d_txt)
 
     with getattr(model, "module", model).alone():  # another thread has no such head
@@ -176,4 +191,4 @@ def loss_at_labels(model, lang_x, labels, vision_x=None, piece=256, **inputs):
             model(vision_x, lang_x, **inputs)
         finally:
             hooks.remove()
-    return losses[0]
+    return losses[0] if reduction == "mean" else losses[0][:, :-1]

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from flamingo_lite.batches import check_examples, make_batch
-from flamingo_lite.loss import IGNORE, shifted_cross_entropy
-from flamingo_lite.steps import read_batch
+from flamingo_lite.loss import IGNORE, loss_at_labels
 from flamingo_lite.together import Together
 
 
@@ -49,7 +48,9 @@ class _NextPicture:
         return self.features[[(number + 1) % len(self) for number in numbers]]
 
 
-def validation_losses(model, tokenizer, validation, precision, together=None):
+def validation_losses(
+    model, tokenizer, validation, precision, together=None, batch_size=64
+):
     """Losses of texts beside their own pictures, and beside others'.
 
     Args:
@@ -57,17 +58,20 @@ def validation_losses(model, tokenizer, validation, precision, together=None):
         validation: (features, texts), or (features, texts, sequences).
         precision: a `Precision`.
         together: a `Together`, if other processes look, too.
+        batch_size: about how many pictures at a time.
 
     Returns:
         dict, "true" and "shuffled", per labelled token. The model is in train mode.
     """
     features, texts, *sequences = validation
+    longest = max(map(len, sequences[0])) if sequences and sequences[0] else 1
+    n_rows = max(1, batch_size // longest)
     beside = {"true": features, "shuffled": _NextPicture(features)}
     device, losses = precision.device, {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.eval()
         for name, mine in beside.items():
-            data = tokenizer, mine, texts, 64, *sequences
+            data = tokenizer, mine, texts, n_rows, *sequences
             with precision.autocast():
                 some = _summed_losses(model, *data, together=together)
             total, count = (part.sum().item() for part in some)
@@ -98,6 +102,11 @@ def is_checkpoint(done, n_steps, report_every):
     return done == n_steps or (report_every > 0 and done % report_every == 0)
 
 
+def _losses_of(model, batch):
+    """Each token's loss, (B, T_txt - 1); logits are made only where there is one."""
+    return loss_at_labels(model, **batch, reduction="none", checked=True)
+
+
 @torch.no_grad()
 def _summed_losses(
     model, tokenizer, features, texts, batch_size, sequences=None, together=None
@@ -108,10 +117,8 @@ def _summed_losses(
     for start in range(0, len(texts), batch_size):
         rows = range(start, min(start + batch_size, len(texts)))
         batch = make_batch(rows, features, texts, tokenizer, device, sequences)
-        labels = batch.pop("labels")  # (B, T_txt)
-        logits = together.read(read_batch, batch).logits  # (B, T_txt, vocab)
-        per_token = shifted_cross_entropy(logits, labels, reduction="none")
-        sums.append(per_token.sum(dim=1).cpu())
+        labels = batch["labels"]  # (B, T_txt)
+        sums.append(together.read(_losses_of, batch).sum(dim=1).cpu())
         counts.append((labels[:, 1:] != IGNORE).sum(dim=1))
     return torch.cat(sums), torch.cat(counts)
 

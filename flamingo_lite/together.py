@@ -58,7 +58,11 @@ class Together:
 
     Args:
         accelerator: of Hugging Face's Accelerate; None, a process that is alone.
-        model: a Flamingo.
+        model: a Flamingo. It goes to the accelerator's device, where optimizers and
+            precision will look for it.
+
+    Raises:
+        ValueError: the accelerator would choose the precision, too.
 
     Attributes:
         model: the one that is trained.
@@ -74,6 +78,14 @@ class Together:
         if accelerator is not None:
             self.number, self.n = accelerator.process_index, accelerator.num_processes
             self.is_first = accelerator.is_main_process
+            if (mixed := accelerator.mixed_precision) != "no":
+                raise ValueError(
+                    f"the accelerator has mixed_precision={mixed!r}, which would stay"
+                    " in the model and scales no loss: make it with"
+                    " mixed_precision='no', and give train a precision="
+                )
+            if not self.is_cut:
+                model.to(accelerator.device)
 
     @property
     def device(self):
@@ -152,8 +164,6 @@ class TogetherInParts(Together):
             why = "1 lays tensors end to end: take fsdp_version=2"
         elif plugin.cpu_ram_efficient_loading:
             why = "would untie the tables of tokens: cpu_ram_efficient_loading=False"
-        elif accelerator.mixed_precision != "no":
-            why = "would halve weights: mixed_precision='no', and precision= of train"
         if why:
             raise ValueError(f"FSDP {why}")
 

@@ -211,12 +211,16 @@ def _start(checkpoint, model, optimizers, settings, precision, report):
 def _out_of_memory(error, step, batch_size, accumulate):
     """The same error, with what to do about it."""
     says = str(error).split(". ")[0]
-    smaller = max(1, batch_size // 2)
-    return torch.OutOfMemoryError(
-        f"step {step + 1}: {says}. Take batch_size={smaller} and accumulate="
-        f"{accumulate * (batch_size // smaller)}, the same steps with less memory; or "
-        "build the model with gradient_checkpointing=True, which takes more time"
-    )
+    halves = range(batch_size // 2, 0, -1)
+    smaller = next((n for n in halves if batch_size % n == 0), None)
+    way_out = "build the model with gradient_checkpointing=True, which takes more time"
+    if smaller is not None:
+        times = accumulate * (batch_size // smaller)
+        sizes = f"Take batch_size={smaller} and accumulate={times}"
+        way_out = f"{sizes}, the same steps with less memory; or {way_out}"
+    else:
+        way_out = way_out[0].upper() + way_out[1:]
+    return torch.OutOfMemoryError(f"step {step + 1}: {says}. {way_out}")
 
 
 @contextlib.contextmanager
@@ -245,6 +249,7 @@ class _Run:
         self.precision, self.together, self.settings = precision, together, settings
         self.device, self.first, self.done = together.device, first, first
         self.notes, self.is_whole = _Notes(self.model, history), True
+        self.n_pictures, self.n_told = 0, first  # seen; steps that reports were of
         self.random, self.started = random_states(self.device), time.perf_counter()
 
     def go(self, checkpoint, report_every, report, log, looks):
@@ -257,7 +262,7 @@ class _Run:
                 if ctrl_c.asked:
                     raise KeyboardInterrupt
                 if is_report(done, n_steps, report_every):
-                    numbers = self.numbers(report_every) | looks()
+                    numbers = self.numbers() | self.in_memory(done - 1, looks)
                     report(progress_line(numbers, n_steps))
                     if log is not None:
                         log(numbers)
@@ -272,35 +277,41 @@ class _Run:
         rate = schedule(step, settings["n_steps"], settings["warmup"])
         self.is_whole = False
         with _named(self):
-            try:
-                moving = self.model, batches, self.optimizers, rate
-                loss = training_step(*moving, self.precision, self.together)
-            except torch.OutOfMemoryError as error:
-                sizes = settings["batch_size"], settings["accumulate"]
-                raise _out_of_memory(error, step, *sizes) from error
+            moving = self.model, batches, self.optimizers, rate
+            moving += self.precision, self.together
+            loss = self.in_memory(step, training_step, *moving)
         self.notes.add(self.precision.stopped, loss, self.precision.norm)
         self.random, self.done = random_states(self.device), step + 1
+        self.n_pictures += self.examples.n_pictures(step)
         self.is_whole = True
         if is_read_at_once(self.device) or self.notes.is_full():
             self.read()
+
+    def in_memory(self, step, function, *args):
+        """What a function returns; if memory runs out, what to do about it is said."""
+        try:
+            return function(*args)
+        except torch.OutOfMemoryError as error:
+            sizes = self.settings["batch_size"], self.settings["accumulate"]
+            raise _out_of_memory(error, step, *sizes) from error
 
     def read(self):
         """Bring losses and gates of all steps so far into the history."""
         with _named(self):
             self.notes.read()
 
-    def numbers(self, report_every):
+    def numbers(self):
         """What a report says: dict, see `train`."""
         self.read()
         if name := spoilt(learning_parameters(self.model).items()):
             raise NotFinite(f"after step {self.done}, {name} is not finite any more")
-        recent = self.notes.history[-(report_every or 100) :]
-        pace = (self.done - self.first) / (time.perf_counter() - self.started)
-        per_step = self.settings["batch_size"] * self.settings["accumulate"]
+        recent, self.n_told = self.notes.history[self.n_told :], self.done
+        seconds = time.perf_counter() - self.started
+        pace = (self.done - self.first) / seconds
         return {
             "step": self.done,
             "loss": sum(note["loss"] for note in recent) / len(recent),
-            "pictures_per_second": pace * per_step,
+            "pictures_per_second": self.n_pictures / seconds,
             "seconds_left": (self.settings["n_steps"] - self.done) / pace,
             "memory": memory_in_use(self.device),
             "skipped": int(self.precision.skipped),
@@ -433,7 +444,7 @@ def train(
     run = _Run(optimizers, examples, precision, together, settings, first, history)
     looks = dict  # it gives {}
     if validation is not None:
-        data = tokenizer, validation, precision, together
+        data = tokenizer, validation, precision, together, batch_size
         looks = functools.partial(validation_losses, run.model, *data)
     try:
         run.go(checkpoint, report_every, report, log, looks)

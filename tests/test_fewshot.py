@@ -428,6 +428,34 @@ def test_answer_passes_on_how_to_write(small):
     assert long != short
 
 
+class OnDisk:
+    """Acts as a `FeatureCache`: pictures come as they are asked for by a list."""
+
+    def __init__(self, features):
+        self.features, self.shape, self.most = features, features.shape, 0
+
+    def __len__(self):
+        return len(self.features)
+
+    def __getitem__(self, numbers):
+        assert isinstance(numbers, list) and min(numbers) >= 0
+        self.most = max(self.most, len(numbers))
+        return self.features[numbers]
+
+
+def test_answer_brings_one_batch_of_pictures_into_memory(small):
+    model, _, tokenizer = small
+    features = OnDisk(torch.randn(len(SINGLES) + 1, 1, V, D_IMG))
+    episodes = make_episodes(SINGLES, 7, 0, 1, n_ways=2, how="no pictures")
+    found = answer(model, tokenizer, features, episodes, batch_size=3)
+    assert features.most == 3 * len(episodes[0]["numbers"])
+    assert found == answer(model, tokenizer, features.features, episodes)
+    rows = []
+    may_follow = {"prefix_allowed_tokens_fn": lambda row, _: rows.append(row) or [5]}
+    answer(model, tokenizer, features, episodes, batch_size=3, **may_follow)
+    assert set(rows) == set(range(7)), "of the batch, and not of the episodes"
+
+
 class Parrot:
     """A language model that answers every prompt with the same ids."""
 

@@ -296,3 +296,20 @@ def test_frame_order_matters_only_with_frame_embeddings(make_model, max_num_fram
     text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
     captions = caption(*ask, features[None], "<image>a lemon", max_new_tokens=4)
     assert captions == [text.strip()]
+
+
+def test_a_stream_inside_alone_is_an_error_and_does_not_hang(small):
+    """Its writer is another thread, and would wait for this one."""
+    model, _, tokenizer = small
+    features = random_features(1, 1)[0]
+    with model.alone():
+        with pytest.raises(RuntimeError, match="would wait for itself"):
+            next(stream_caption(model, None, tokenizer, features))
+    assert isinstance("".join(stream_caption(model, None, tokenizer, features)), str)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5])
+def test_a_batch_of_no_prompts_is_an_error(small, batch_size):
+    model, _, tokenizer = small
+    with pytest.raises(ValueError, match="batch_size: want a whole number from 1"):
+        caption(model, None, tokenizer, random_features(1, 1), batch_size=batch_size)

@@ -538,6 +538,12 @@ def test_a_text_follows_the_cached_one_and_not_the_last(small):
         model.uncache_media()
 
 
+@pytest.mark.parametrize("every", [0, -1, 4, 99])
+def test_layers_of_which_none_would_read_a_picture(make_model, every):
+    with pytest.raises(ValueError, match=f"every_n_layers is {every}, of 3 layers"):
+        make_model(cross_attn_every_n_layers=every)
+
+
 def test_a_tower_that_learns_gets_a_gradient(small):
     model, processor, tokenizer = small
     ids, mask = tokenize(tokenizer, ["<image>a lemon"])
@@ -843,6 +849,50 @@ def test_round_trip_in_half_precision(saved):
     with torch.no_grad():
         logits = loaded(pixels, ids, mask).logits
         assert_close(logits, model(pixels, ids, mask).logits, rtol=0.05, atol=0.05)
+
+
+def test_what_was_unfrozen_is_saved_too(saved):
+    """And is still unfrozen when it is back, so that it is not lost the next time."""
+    model, tokenizer, folder = saved
+    layer = model.lang_encoder._get_decoder_layers()[0].decoder_layer
+    for module in (layer.self_attn.q_proj, model.vision_encoder):
+        module.requires_grad_(True)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    ids, mask = tokenize(tokenizer, TEXTS)
+    pixels = random_pixels([2, 1], 2)
+    for again in ("once", "twice"):
+        save_flamingo(model, folder / again)
+        loaded, _, _ = load_flamingo(folder / again)
+        with torch.no_grad():
+            wanted = model(pixels, ids, mask).logits
+            assert torch.equal(loaded(pixels, ids, mask).logits, wanted)
+        model = loaded
+
+
+@pytest.mark.parametrize("n_done", [0, 1])
+def test_a_save_that_is_killed_is_never_half_of_each(saved, monkeypatch, n_done):
+    """New weights with the old config would load, and be built in another way."""
+    model, _, folder = saved
+    replace, done = os.replace, []
+
+    def killed(*paths):
+        if len(done) == n_done:
+            raise KeyboardInterrupt
+        done.append(replace(*paths))
+
+    model.config.built_with["only_attend_immediate_media"] = False
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_flamingo(model, folder)
+    with pytest.raises(OSError, match="no flamingo.safetensors and config.json"):
+        load_flamingo(folder)
+    monkeypatch.undo()
+    save_flamingo(model, folder)
+    assert len(list(folder.iterdir())) == 2
+    loaded, _, _ = load_flamingo(folder)
+    assert not loaded.config.built_with["only_attend_immediate_media"]
 
 
 def rewrite(folder, change):

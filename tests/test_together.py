@@ -130,6 +130,23 @@ def test_what_does_not_work_is_refused_with_the_line_to_change(how, line):
         join(pretend(**how), None)
 
 
+def test_a_precision_of_the_accelerators_is_refused_with_ddp_as_well():
+    """It would stay in the model's forward, and scales no loss."""
+    accelerator = pretend("fp16")
+    accelerator.distributed_type = "DistributedType.MULTI_GPU"
+    with pytest.raises(ValueError, match="mixed_precision='no'"):
+        join(accelerator, torch.nn.Linear(2, 2))
+
+
+def test_the_model_is_where_the_accelerator_computes():
+    """So precision and optimizers, made next, are of that device."""
+    accelerator, model = pretend(), torch.nn.Linear(2, 2)
+    accelerator.distributed_type = "DistributedType.MULTI_GPU"
+    accelerator.device = torch.device("meta")
+    assert join(accelerator, model).device.type == "meta"
+    assert next(model.parameters()).device.type == "meta"
+
+
 def test_muon_is_refused_where_no_process_has_a_whole_matrix():
     with pytest.raises(ValueError, match="with_muon=False"):
         run(pretend(), with_muon=True)

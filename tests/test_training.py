@@ -168,6 +168,24 @@ def test_resumed_with_sequences_is_undisturbed(make_model, tmp_path):
         assert torch.equal(tensor, wanted[name]), name
 
 
+def test_other_pictures_of_the_same_shape_are_another_run(make_model, tmp_path):
+    """But not the same pictures, encoded by a machine that rounds otherwise."""
+    path = tmp_path / "last.pt"
+
+    def start(features):
+        model, _, tokenizer = make_model()
+        settings = {**SETTINGS, "n_steps": 4, "checkpoint": path}
+        train(model, tokenizer, features, TEXTS, report=silent, **settings)
+
+    start(FEATURES)
+    rounded = FEATURES * (1 + 1e-3 * torch.randn_like(FEATURES.float()))
+    start(rounded.half())
+    others = random_features(len(TEXTS), 1, seed=77)[:, 0].half()
+    for features in (others, FEATURES.flip(0)):
+        with pytest.raises(ValueError, match="other pictures, or on features of"):
+            start(features)
+
+
 @pytest.mark.parametrize(
     "others",
     [

@@ -4,8 +4,10 @@ And what a run says while it goes, what Ctrl-C leaves, and what features may be.
 """
 
 import copy
+import itertools
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from flamingo_lite import (
     muon_pays,
     orthogonalise,
     read_checkpoint,
+    reports,
     save_flamingo,
     steps,
     train,
@@ -529,6 +532,67 @@ def test_too_little_memory_says_what_to_change(make_model, monkeypatch):
     says = str(caught.value)
     assert "step 1: CUDA out of memory. Take batch_size=4 and accumulate=4" in says
     assert "gradient_checkpointing=True" in says and not built[0].training
+    for sizes, line in (
+        ((6, 1), "batch_size=3 and accumulate=2"),
+        ((5, 2), "batch_size=1 and accumulate=10"),
+        ((1, 2), "out of memory. Build the model with"),
+    ):
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            go(built, batch_size=sizes[0], accumulate=sizes[1])
+        assert line in str(caught.value)
+
+
+def test_too_little_memory_for_a_validation_says_so_too(make_model, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(training, "validation_losses", full)
+    with pytest.raises(torch.OutOfMemoryError, match="Take batch_size=1 and"):
+        go(make_model(), validation=(FEATURES, TEXTS))
+
+
+def test_a_validation_takes_no_more_pictures_at_a_time_than_a_step(
+    make_model, monkeypatch
+):
+    sizes, read = [], reports.make_batch
+
+    def count(rows, *args, **kwargs):
+        batch = read(rows, *args, **kwargs)
+        sizes.append(batch["vision_features"].shape[:2].numel())
+        return batch
+
+    monkeypatch.setattr(reports, "make_batch", count)
+    pairs = [[0, 1], [2, 3], [4, 5]]
+    told = [[TEXTS[i] for i in pair] for pair in pairs]
+    for validation in ((FEATURES, TEXTS), (FEATURES, told, pairs)):
+        go(make_model(), n_steps=1, batch_size=4, validation=validation)
+    assert sizes and max(sizes) <= 4
+
+
+def test_each_losses_logits_are_made_at_labels_only(small, monkeypatch):
+    model, _, tokenizer = small
+    rows, head = [], model.lang_encoder.get_output_embeddings()
+    hook = head.register_forward_hook(lambda *args: rows.append(args[2].shape[:-1]))
+    found = caption_losses(model, tokenizer, FEATURES, TEXTS, batch_size=4)
+    hook.remove()
+    assert all(len(shape) == 1 or not shape.numel() for shape in rows), rows
+    for row, loss in enumerate(found.tolist()):
+        batch = make_batch([row], FEATURES, TEXTS, tokenizer, torch.device("cpu"))
+        with torch.no_grad():
+            wanted = model(None, **batch).loss.item()
+        assert loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_report_counts_the_pictures_and_the_losses_that_were(make_model, monkeypatch):
+    """Two pictures are two, whatever batch was asked for; a loss is told once."""
+    told, clock = [], SimpleNamespace(perf_counter=itertools.count(0.0).__next__)
+    monkeypatch.setattr(training, "time", clock)  # a second from look to look
+    few = {"n_steps": 5, "batch_size": 64, "report_every": 3, "log": told.append}
+    losses = losses_of(go(make_model(), FEATURES[:2], TEXTS[:2], **few))
+    assert [note["step"] for note in told] == [3, 5]
+    assert told[0]["loss"] == pytest.approx(np.mean(losses[:3]))
+    assert told[1]["loss"] == pytest.approx(np.mean(losses[3:]))
+    assert [note["pictures_per_second"] for note in told] == [2 * 3 / 1, 2 * 5 / 2]
 
 
 def interrupted_in_step(built, step, again=False):
