@@ -35,6 +35,7 @@ from flamingo_lite import (
 from flamingo_lite.budget import PRECISIONS
 
 sys.path.insert(0, str(ROOT))
+from tools.measure import measure_gpu
 
 NARROW = """
 import sys
@@ -227,6 +228,61 @@ def test_the_measuring_script_in_its_smallest_form(tmp_path):
     assert 0 < scaler["left out"] == scaler["nothing moved in"] < scaler["steps"]
     assert found["resumed"] == {"same bits": True, "apart": 0.0}
     assert found["ddp"]["gradients apart"] == 0.0
+
+
+class Parts:
+    """Stands in for what measures: no step fits, and one part ends as `ends` says."""
+
+    weights, ends = "random", {}
+
+    def __init__(self, *args):
+        pass
+
+    def __getattr__(self, part):
+        def measured():
+            if part in self.ends:
+                raise self.ends[part]
+            fault = {"precision": "float32", "batch_size": 4, "fault": "out of memory"}
+            return [fault] if part == "steps" else {part: 1.0}
+
+        return measured
+
+
+def measured_in_part(monkeypatch, out, ends):
+    """What the file holds after `measure_gpu.py --smallest`, and how it ended."""
+    monkeypatch.setattr(measure_gpu, "Bench", Parts)
+    monkeypatch.setattr(Parts, "ends", ends)
+    monkeypatch.setattr(sys, "argv", ["measure_gpu", "--smallest", "--out", str(out)])
+    with pytest.raises(BaseException) as caught:
+        measure_gpu.main()
+    return json.loads(out.read_text()), caught.value
+
+
+def test_where_no_step_fits_the_rest_is_written(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "gpu.json"
+    out.write_text('{"Tesla T4": {}}')
+    found, error = measured_in_part(monkeypatch, out, {"ddp": ValueError("no port")})
+    assert (type(error), error.code) == (SystemExit, 1)
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.endswith("; failed: steps, of which none fits, ddp")
+    (card,) = found.keys() - {"Tesla T4"}
+    assert set(measure_gpu.PARTS) < found[card].keys()
+    assert "train_rate" not in found[card]
+    assert found[card]["ddp"] == {"fault": "ValueError: no port"}
+
+
+def test_what_was_measured_before_the_end_is_written(monkeypatch, tmp_path):
+    """Ctrl-C, or a device that is lost: it is not caught, and nothing is lost by it."""
+    ends = {"optimizers": KeyboardInterrupt()}
+    found, error = measured_in_part(monkeypatch, tmp_path / "gpu.json", ends)
+    assert isinstance(error, KeyboardInterrupt)
+    ((card, there),) = found.items()
+    assert [part for part in measure_gpu.PARTS if part in there] == [
+        "steps",
+        "encode_rate",
+        "generation",
+    ]
+    assert not (tmp_path / "gpu.json.part").exists()
 
 
 def test_the_measuring_script_says_what_it_wants(tmp_path):

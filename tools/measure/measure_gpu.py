@@ -10,12 +10,14 @@ Measured are a training step at batches from 4 to 64 in three precisions, with i
 memory; how fast pictures are encoded and captions written, with and without each cache;
 three optimizers; torch.compile; what the gradient scaler does with planted overflows;
 whether a resumed run ends with the same bits; and DDP with one process. What fails is
-noted with its error, and the rest goes on. Where the hub cannot be reached, weights are
+noted with its error, and the rest goes on. The file is written after each part, so what
+was measured is kept however this ends. Where the hub cannot be reached, weights are
 random: for times and memory that is the same.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -278,8 +280,25 @@ PARTS = ("steps", "encode_rate", "generation", "optimizers", "compiled", "scaler
 PARTS += ("resumed", "ddp")
 
 
-def measure(size, device, report=print):
-    """All parts, one after the other: dict. A part that fails is its error."""
+def pace(steps):
+    """The most pictures per second of all steps; None where there is no step."""
+    fits = [s for s in steps if "seconds" in s] if isinstance(steps, list) else []
+    return max((s["batch_size"] / s["seconds"] for s in fits), default=None)
+
+
+def measure(size, device, report=print, keep=lambda found: None):
+    """All parts, one after the other: dict. A part that fails is its error.
+
+    Args:
+        size: "paper" or "tiny".
+        device: a torch.device.
+        report: gets a line for each part.
+        keep: gets what was found so far, after each part: a later one may end it all.
+
+    Returns:
+        {"device", "size", "weights", "torch", "train_rate": pictures per second} and
+        each of PARTS. Where no step fits there is no "train_rate".
+    """
     with tempfile.TemporaryDirectory() as folder:
         bench, started = Bench(size, device, Path(folder)), time.perf_counter()
         found = {"device": describe_device(device), "size": size}
@@ -290,11 +309,24 @@ def measure(size, device, report=print):
             except Exception as error:  # the others are still worth their minutes
                 traceback.print_exc()
                 found[part] = {"fault": f"{type(error).__name__}: {error}"[:500]}
+            if part == "steps" and (rate := pace(found[part])):
+                found["train_rate"] = rate
+            keep(found)
             report(f"{time.perf_counter() - started:6.0f} s  {part}: {found[part]}")
-    if isinstance(found["steps"], list):
-        fits = [s for s in found["steps"] if "seconds" in s]
-        found["train_rate"] = max(s["batch_size"] / s["seconds"] for s in fits)
     return found
+
+
+def name_of(found):
+    """Which card this was: "Tesla T4"."""
+    return found["device"].split(", ")[1]
+
+
+def write(out, found):
+    """Put what was found into a file, beside what it holds of other cards."""
+    known = json.loads(out.read_text()) if out.exists() else {}
+    new = out.with_name(f"{out.name}.part")
+    new.write_text(json.dumps({**known, name_of(found): found}, indent=1) + "\n")
+    os.replace(new, out)  # the old file or the whole new one
 
 
 def main():
@@ -310,12 +342,12 @@ def main():
     if args.smallest and args.out is None:
         sys.exit("measure_gpu: --smallest needs --out: it is no measurement")
     out = args.out or ROOT / "data" / "gpu.json"
-    found = measure("tiny" if args.smallest else "paper", device)
-    name = found["device"].split(", ")[1]
-    known = json.loads(out.read_text()) if out.exists() else {}
-    out.write_text(json.dumps({**known, name: found}, indent=1) + "\n")
+    size = "tiny" if args.smallest else "paper"
+    found = measure(size, device, keep=lambda found: write(out, found))
     faults = [p for p in PARTS if isinstance(found[p], dict) and "fault" in found[p]]
-    print(f"{out}: {name}" + f"; failed: {', '.join(faults)}" * bool(faults))
+    if "train_rate" not in found and "steps" not in faults:
+        faults.insert(0, "steps, of which none fits")
+    print(f"{out}: {name_of(found)}" + f"; failed: {', '.join(faults)}" * bool(faults))
     sys.exit(bool(faults))
 
 
