@@ -385,7 +385,7 @@ def test_a_mistake_is_one_line(command, images, tmp_path, kind):
         ["train", "--images", "a", "--out", "b", "--steps", "many"],
         ["train", "--images", "a", "--out", "b", "--steps", "-1"],
         ["train", "--images", "a", "--out", "b", "--batch-size", 0],
-        ["train", "--images", "a", "--out", "b", "--lr", "-1e-3"],
+        ["train", "--images", "a", "--out", "b", "--lr=-0.001"],
         ["train", "--images", "a", "--out", "b", "--lr", "nan"],
         ["train", "--images", "a", "--out", "b", "--seed", "-1"],
         ["train", "--images", "a", "--out", "b", "--report-every", "-1"],
