@@ -216,8 +216,8 @@ def _glance(features, n=16):
 
 def _are_alike(glance, other):
     """Are they of the same pictures, but for how another machine rounds?"""
-    if len(glance) != len(other):
-        return False
+    if not glance or len(glance) != len(other):
+        return len(glance) == len(other)
     one, two = torch.tensor([glance, other])  # (numbers,) each
     apart, size = (one - two).abs().mean(), one.abs().mean()
     return bool(apart <= 0.1 * size)
@@ -293,7 +293,7 @@ def _check_settings(path, state, settings):
                 f"{path} is of another run, use another file: it was trained on other"
                 " pictures, or on features of another vision encoder"
             )
-        saved["glance"] = settings["glance"]
+    saved["glance"] = settings["glance"]  # said before, or the shapes say it
     if different := _differences(saved, settings):
         if (n_steps := saved.get("n_steps")) != settings["n_steps"]:
             different += (

@@ -35,17 +35,35 @@ def memory_in_use(device):
     return most * (1 if sys.platform == "darwin" else 1024)
 
 
-class _NextPicture:
-    """Features in which each picture is the next one: each text gets another's."""
+def _step_to_others(features):
+    """By how many places to move so that each text gets another picture's features.
+
+    One, unless pictures stand several times in a row, once for each of their captions.
+    """
+    n = len(features)
+    some = sorted({i * n // 16 for i in range(16)})
+    here = features[some].flatten(1)  # (≤ 16, numbers)
+    apart = {}
+    for step in (1, 2, 3, 5, 8, 13, n // 2):
+        there = features[[(i + step) % n for i in some]].flatten(1)
+        apart[step] = (here != there).any(dim=1).sum().item()
+        if apart[step] == len(some):
+            break
+    return max(apart, key=apart.get)
+
+
+class _OtherPicture:
+    """Features in which each picture is another one: each text gets another's."""
 
     def __init__(self, features):
         self.features, self.shape = features, tuple(features.shape)
+        self.step = _step_to_others(features)
 
     def __len__(self):
         return len(self.features)
 
     def __getitem__(self, numbers):
-        return self.features[[(number + 1) % len(self) for number in numbers]]
+        return self.features[[(n + self.step) % len(self) for n in numbers]]
 
 
 def validation_losses(
@@ -66,7 +84,7 @@ def validation_losses(
     features, texts, *sequences = validation
     longest = max(map(len, sequences[0])) if sequences and sequences[0] else 1
     n_rows = max(1, batch_size // longest)
-    beside = {"true": features, "shuffled": _NextPicture(features)}
+    beside = {"true": features, "shuffled": _OtherPicture(features)}
     device, losses = precision.device, {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.eval()

@@ -569,6 +569,16 @@ def test_a_validation_takes_no_more_pictures_at_a_time_than_a_step(
     assert sizes and max(sizes) <= 4
 
 
+def test_the_shuffled_control_shows_another_picture(small):
+    """Also where a picture stands five times in a row, once for each caption."""
+    assert reports._step_to_others(FEATURES) == 1
+    for several in (FEATURES.repeat_interleave(5, 0), FEATURES[:2].repeat(5, 1, 1, 1)):
+        others = reports._OtherPicture(several)
+        here, there = several, others[list(range(len(several)))]
+        same = [torch.equal(a, b) for a, b in zip(here, there, strict=True)]
+        assert sum(same) <= 1, same
+
+
 def test_each_losses_logits_are_made_at_labels_only(small, monkeypatch):
     model, _, tokenizer = small
     rows, head = [], model.lang_encoder.get_output_embeddings()
