@@ -30,6 +30,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
@@ -274,7 +275,8 @@ def group_step(size, cases, repeats):
 
 
 def group_tower(size, cases, repeats):
-    """Steps with the tower; and ours from the cache against theirs with the tower."""
+    """Steps with the tower; and ours from a file against theirs with the tower."""
+    import numpy as np
     import torch
 
     (B, T_img, T_txt), models = cases[0], both(True, size)
@@ -282,9 +284,14 @@ def group_tower(size, cases, repeats):
     ids, labels = text(B, T_img, T_txt)
     side = size["tower"]["image_size"]
     pixels = torch.randn(B, T_img, 1, 3, side, side)
-    features = torch.randn(B, T_img, 1, size["v"], size["d_img"])
+    shape = (B, T_img, 1, size["v"], size["d_img"])
+    kept = np.memmap(tempfile.TemporaryFile(), np.float16, shape=shape, mode="w+")
+    kept[:] = np.random.default_rng(0).standard_normal(shape)
 
     def call(which, pixels):
+        features = None  # as `FeatureCache` keeps and reads them: from a file, in half
+        if pixels is None:
+            features = torch.from_numpy(np.array(kept)).float()  # (B, T_img, F, v, d)
         pictures = given(which, models[which], pixels, features)
         train_once(which, models[which], optimizers[which], ids, labels, pictures)
 
