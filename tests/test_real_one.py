@@ -6,9 +6,12 @@ language model and tower, and as the real thing against a hub on this machine.
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from hub import Hub
 from flamingo_lite import (
     answer,
     attention_maps,
+    budget,
     caption,
     caption_losses,
     collate,
@@ -34,7 +38,9 @@ from flamingo_lite import (
 )
 from flamingo_lite.budget import PRECISIONS
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "book")]
+from figures import INK, table
+
 from tools.measure import measure_gpu
 
 NARROW = """
@@ -213,12 +219,19 @@ def test_nothing_is_written_for_64_pixels_alone(paper_like):
 # --------------------------------------------------------------------- measure_gpu.py
 
 
-def test_the_measuring_script_in_its_smallest_form(tmp_path):
-    """Every part gives numbers on a CPU; the scaler and the resumed run are right."""
-    out = tmp_path / "gpu.json"
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory):
+    """What `measure_gpu.py` finds with the tiny model."""
+    out = tmp_path_factory.mktemp("gpu") / "gpu.json"
     code, said, error = call_tool("measure_gpu.py", "--smallest", "--out", out)
     assert code == 0, said + error[-2000:]
     (found,) = json.loads(out.read_text()).values()
+    return found
+
+
+def test_the_measuring_script_in_its_smallest_form(smallest):
+    """Every part gives numbers on a CPU; the scaler and the resumed run are right."""
+    found = smallest
     assert (found["size"], found["weights"]) == ("tiny", "of data/")
     assert sorted(s["precision"] for s in found["steps"]) == sorted(PRECISIONS)
     assert all(s["seconds"] > 0 and s["budget"] > 0 for s in found["steps"])
@@ -291,3 +304,80 @@ def test_the_measuring_script_says_what_it_wants(tmp_path):
     if not torch.cuda.is_available():
         code, _, error = call_tool("measure_gpu.py", "--out", tmp_path / "gpu.json")
         assert code == 1 and "is no GPU" in error and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------- its numbers in the chapter
+
+
+def shown(folder, monkeypatch, measured=None):
+    """The cells of the chapter that read gpu.json, run with this one: their names."""
+    (folder / "book").mkdir()
+    if measured is not None:
+        (folder / "data").mkdir()
+        (folder / "data" / "gpu.json").write_text(json.dumps(measured))
+    monkeypatch.chdir(folder / "book")
+    plt.switch_backend("agg")
+    names = {**vars(budget), "json": json, "re": re, "Path": Path, "plt": plt}
+    names |= {"table": table, "INK": INK}
+    for cell in code_cells():
+        if "measured_on" in cell:
+            exec(compile(cell, cell[:40], "exec"), names)
+    plt.close("all")
+    return names
+
+
+def cards(smallest):
+    """A gpu.json of four cards: all was measured, no step fits, faults, cut off."""
+    T4 = {**smallest, "encode_rate": {"float32": 10.0, "bfloat16": 7.0}}
+    T4 |= {"train_rate": 20.0, "compiled": {"plain": 0.25, "compiled": 0.125}}
+    T4["steps"] = [{**s, "memory": 3_210_000_000} for s in smallest["steps"]]
+    full = [{"precision": "float32", "batch_size": 4, "fault": "out of memory"}]
+    bad, names = {"fault": "RuntimeError: no"}, ("device", "size", "weights", "torch")
+    A100 = {**{n: smallest[n] for n in names}, "steps": full, "encode_rate": bad}
+    H100 = {**{n: smallest[n] for n in names}, "steps": bad}
+    L40S = {**T4, "train_rate": 1000.0}
+    H100["scaler"] = L40S["ddp"] = bad
+    return {
+        "NVIDIA L40S": L40S,
+        "NVIDIA A100-SXM4-40GB": A100,
+        "NVIDIA H100": H100,
+        "Tesla T4": T4,
+    }
+
+
+def test_the_chapter_tells_the_time_that_was_measured(smallest, tmp_path, monkeypatch):
+    as_measured = shown(tmp_path, monkeypatch, cards(smallest))["as_measured"]
+    minutes = (3000 / 10.0 + 10 * 3000 / 20.0) / 60
+    assert as_measured("T4", 3000, 10) == f"{minutes:.0f} min, measured"
+    assert as_measured("L4", 3000, 10) == "not measured yet"  # an L40S is another card
+    assert as_measured("A100", 3000, 10) == "it failed there"
+
+
+def test_the_chapter_lists_all_that_was_measured(
+    smallest, tmp_path, monkeypatch, capsys
+):
+    shown(tmp_path, monkeypatch, cards(smallest))
+    said = capsys.readouterr().out
+    assert "not measured yet" not in said and "Tesla T4, torch 2" in said
+    T4 = said.partition("Tesla T4")[2]
+    lines = [re.split(r"  +", line.strip()) for line in T4.splitlines()]
+    first = smallest["steps"][0]
+    pace = first["batch_size"] / first["seconds"]
+    words = [f"{n:.4g}" for n in (first["seconds"], pace)]
+    assert ["float32", "2", *words, "3.2", f"{first['budget'] / 1e9:.1f}"] in lines
+    assert ["float32", "10"] in lines and ["plain", "0.25"] in lines
+    slow = smallest["generation"][3]
+    assert ["no", "no", f"{slow['tokens_per_second']:.4g}"] in lines
+    assert [
+        "Muon, bfloat16",
+        f"{smallest['optimizers']['Muon, bfloat16']:.4g}",
+    ] in lines
+    assert ["left out", str(smallest["scaler"]["left out"])] in lines
+    assert ["same bits", "yes"] in lines and ["gradients apart", "0"] in lines
+    assert said.count("RuntimeError: no") == 4
+    assert re.search(r"float32 +4 +out of memory +– +– +–", said)
+
+
+def test_the_chapter_says_once_that_nothing_was_measured(tmp_path, monkeypatch, capsys):
+    assert shown(tmp_path, monkeypatch)["as_measured"]("T4", 1, 1) == "not measured yet"
+    assert capsys.readouterr().out == "not measured yet\n"
