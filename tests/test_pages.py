@@ -470,6 +470,18 @@ def test_captions_are_numbered_and_move_to_their_plot():
     assert page.astext().endswith("Figure A.1. One.")
 
 
+def test_what_is_not_measured_yet_has_no_caption():
+    """A number and a sentence about a figure that is not there."""
+    told = cell_of("print()", "not measured yet: run tools/x.py")
+    silent = cell_of("if measured: plt.show()", None)
+    lines = [figure_line("A."), figure_line("B."), figure_line("C.")]
+    plot = cell_of("plt.show()")
+    document = chapter_of(told, lines[0], silent, lines[1], plot, lines[2])
+    flamingo_book.captions(None, document)
+    assert "Figure 3.1. C." in document.astext()
+    assert "A." not in document.astext() and "B." not in document.astext()
+
+
 IMPORTS = "import ast\nimport re\n\nfrom a import (\n    b,\n)\n\nx = b(1)"
 PLOT = """fig, (left, right) = plt.subplots(1, 2)
 for ax in (left, right):

@@ -184,6 +184,7 @@ def captions(app, doctree):
 
     "Figure 3.2" is the second in chapter 3. Below a cell that drew something the
     caption moves into the cell's output, so that the two are folded and printed as one.
+    Below a cell that drew nothing, since it was not measured yet, there is no caption.
     """
     title = next(doctree.findall(nodes.title), None)
     chapter = CHAPTER_NUMBER.match(title.astext()) if title else None
@@ -192,14 +193,18 @@ def captions(app, doctree):
         first = paragraph[0] if len(paragraph) else None
         if not isinstance(first, nodes.emphasis) or first.astext() != "Figure:":
             continue
+        place = paragraph.parent.index(paragraph)
+        above = paragraph.parent[place - 1] if place else None
+        output = part_of(above, "cell_code_output") if is_cell(above) else None
+        says = output.astext() if output else ""
+        if is_cell(above) and (not output or says.startswith("not measured yet")):
+            paragraph.parent.remove(paragraph)
+            continue
         number += 1
         which = f"{chapter[1]}.{number}" if chapter else f"{number}"
         first.replace_self(nodes.strong("", f"Figure {which}."))
         paragraph["classes"].append("figure-caption")
         paragraph["ids"].append(f"figure-{which}".lower().replace(".", "-"))
-        place = paragraph.parent.index(paragraph)
-        above = paragraph.parent[place - 1] if place else None
-        output = part_of(above, "cell_code_output") if is_cell(above) else None
         if output is not None:
             paragraph.parent.remove(paragraph)
             output += paragraph
