@@ -5,7 +5,9 @@ by Playwright, which downloads nothing here.
 """
 
 import base64
+import json
 import os
+import re
 import shutil
 import sys
 
@@ -22,6 +24,7 @@ from flamingo_lite import (
     load_flamingo,
     make_prompt,
     make_scenes,
+    score_candidates,
 )
 from flamingo_lite.fewshot import group_scenes, naming_episode
 from flamingo_lite.plots import attention_maps
@@ -208,6 +211,64 @@ def test_few_shot_prompts(plain, tiny, as_in_the_page):
     found = in_page(plain, "caption", rows)
     compare(as_in_the_page, found, rows, 1e-3)
     compare(tiny, found, rows, 0.05)
+
+
+def test_blanks_at_a_prompts_end_change_nothing(plain, scenes, as_in_the_page):
+    """A blank would be a token of its own, and the answer another one, as in Python."""
+    pictures = [scene["picture"] for scene in scenes[::25]]
+    bare = ["<image>question: what is this? answer:", "<image>a", "<image>", ""]
+    rows = [([p] * ("<" in b), f"{b} \n ") for p in pictures for b in bare]
+    found = in_page(plain, "caption", rows)
+    trimmed = [(given, prompt.rstrip()) for given, prompt in rows]
+    assert found == in_page(plain, "caption", trimmed)
+    compare(as_in_the_page, found, rows, 1e-3)
+
+
+REFUSED = (
+    ([], "no candidates to score"),
+    (["a fox", " "], "candidate 2: the caption is empty or not a text"),
+    ([""], "candidate 1: the caption is empty or not a text"),
+    (["a <image>"], "candidate 1: take <image> out of the caption"),
+    (["<|endofchunk|>"], "candidate 1: take <|endofchunk|> out of the caption"),
+    (["a \ud800"], "candidate 1: the caption is not valid Unicode"),
+)
+
+
+@pytest.mark.parametrize(("candidates", "problem"), REFUSED)
+def test_candidates_are_refused_as_in_python(plain, tiny, candidates, problem):
+    with pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
+        score_candidates(*tiny, [], "a", candidates)
+    js = """(texts) => flamingoLite.score_candidates([], "a", JSON.parse(texts))
+    .catch((error) => error.message)"""
+    assert plain.evaluate(js, json.dumps(candidates)) == problem
+
+
+def test_scores_after_blanks(plain, scenes, as_in_the_page):
+    """A blank after a word stays one, of another prompt all are left out."""
+    picture, candidates = scenes[0]["picture"], ["a fox", "two lemons"]
+    for prompt in ("<image>answer:  ", "<image> ", "<image>", "  "):
+        pictures = [picture] * ("<" in prompt)
+        js = """([pictures, prompt, texts]) =>
+        flamingoLite.score_candidates(pictures.map(picture), prompt, texts)"""
+        given = [[as_rgba(p) for p in pictures], prompt, candidates]
+        found = torch.tensor(plain.evaluate(js, given))
+        want = score_candidates(*as_in_the_page, pictures, prompt, candidates)
+        torch.testing.assert_close(found, want, atol=2e-3, rtol=1e-4)
+
+
+def test_loading_that_failed_on_the_way_goes_on(browser, folder):
+    page, faults = watched(browser, (folder / "plain.html").as_uri())
+    js = """async () => { let calls = 0; const said = [];
+    const told = (what) => {
+      if (what === "unpacking" && (calls += 1) === 2) throw new Error("no room");
+    };
+    await flamingoLite.load(told).catch((error) => said.push(error.message));
+    const image = new ImageData(64, 64);
+    said.push(await flamingoLite.caption([image], "<image>", { max_new_tokens: 2 }));
+    return said; }"""
+    said = page.evaluate(js)
+    assert said[0] == "no room" and said[1] and not faults
+    page.close()
 
 
 def test_logits(plain, scenes, tiny, as_in_the_page):

@@ -468,11 +468,21 @@
     });
   }
 
+  function check_text(text, where) { // throws what cannot be a caption: 07_data.html
+    if (typeof text !== "string" || !text.trim()) throw new Error(`${where}: the caption is empty or not a text`);
+    if (/\p{Surrogate}/u.test(text)) throw new Error(`${where}: the caption is not valid Unicode`);
+    for (const token of ["<image>", "<|endofchunk|>"]) {
+      if (text.includes(token)) throw new Error(`${where}: take ${token} out of the caption`);
+    }
+  }
+
   // How likely each of some answers is after a prompt, its end included: sums of log-probabilities.
   async function score_candidates(images, prompt, candidates, { gates = 1, end = "<|endofchunk|>" } = {}) {
+    if (!candidates.length) throw new Error("no candidates to score");
+    candidates.forEach((text, i) => check_text(text, `candidate ${i + 1}`));
     await load();
     const bare = prompt.trimEnd();
-    if (bare !== prompt && bare) prompt = bare.endsWith("<image>") ? bare : `${bare} `;
+    prompt = bare !== prompt && bare && !bare.endsWith("<image>") ? `${bare} ` : bare;
     const rows = candidates.map((text) => encode(`${prompt}${text.trimEnd()}${end}`)), alone = encode(prompt);
     let n_same = 0; // how a prompt is cut into tokens may depend on what follows it
     while (n_same < alone.length && rows.every((row) => row[n_same] === alone[n_same] && n_same < row.length - 1)) n_same += 1;
@@ -489,8 +499,9 @@
 
   // Greedy, until <|endofchunk|>, never <image>. `onToken` is told of each token as it is written, and
   // of those of the prompt first: {id, text, written, image, maps, p}; if it returns false, we stop.
+  // Blanks at the prompt's end are left out: one would be a token, which else begins the next word.
   async function caption(images, prompt = "<image>", { max_new_tokens = 24, gates = 1, onToken } = {}) {
-    const { ids, state } = await prepare(images, prompt, max_new_tokens, gates), written = [];
+    const { ids, state } = await prepare(images, prompt.trimEnd(), max_new_tokens, gates), written = [];
     const tell = (id, place, isNew, p) => {
       const image = text_time(state.ids.slice(0, place + 1).map((token) => token === config.media_token_id)).pop();
       return onToken && onToken({ id, text: decode([id], false), written: isNew, image, p, maps: attention_maps(state, place) });
@@ -548,6 +559,7 @@
   }
 
   let told = () => {}, arrived, loading;
+  const unpacked = new Map(); // tensors by name: where `load` fails on the way, the next one goes on
   const here = document.currentScript.src;
 
   // From file:// a script can only be asked for as a whole; over http its bytes can be counted.
@@ -577,10 +589,10 @@
     loading = loading || (async () => {
       told("reading");
       if (!arrived) await fetchScript(new URL("flamingo_weights.js", here).href);
-      const names = Object.keys(arrived.tensors), ready = new Map();
+      const names = Object.keys(arrived.tensors);
       for (const [number, name] of names.entries()) {
-        ready.set(name, unpack(arrived.tensors[name]));
-        delete arrived.tensors[name];
+        unpacked.set(name, unpack(arrived.tensors[name]));
+        delete arrived.tensors[name]; // its text is as large again
         if (number % 8 === 7) await breathe(told("unpacking", (number + 1) / names.length));
       }
       const { vocab, merges, special, first } = arrived.tokenizer, words = [];
@@ -594,7 +606,7 @@
         splitter: new RegExp(`(${escaped.join("|")})`),
       };
       config = arrived.config;
-      tensors = ready;
+      tensors = unpacked;
       told("ready", 1);
       return { drawings: arrived.drawings, scenes: arrived.scenes, config };
     })();
