@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -42,7 +43,8 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # workers find it in the environment
         folder = tempfile.mkdtemp(prefix="flamingo_lite_tests_")
         os.environ["TMPDIR"], tempfile.tempdir = folder, None
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        # After multiprocessing has put away its own (-100), which lies in there.
+        Finalize(None, shutil.rmtree, (folder, True), exitpriority=-200)
 
 
 D_IMG, D_TXT, V = 32, 32, 16  # widths, and visual tokens of one picture
