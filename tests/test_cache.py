@@ -508,6 +508,11 @@ def work_slowly(folder, paths):
     keep(folder, paths, Slow(), batch_size=2)
 
 
+def rows_in(folder):
+    """The lists of what is done, one for each key."""
+    return list(folder.glob("*/rows.jsonl"))
+
+
 @posix
 def test_two_writers(tmp_path, paths, settled):
     """The second is refused, or waits; a reader is not kept waiting; death unlocks."""
@@ -515,8 +520,8 @@ def test_two_writers(tmp_path, paths, settled):
     context = multiprocessing.get_context("fork")
     other = context.Process(target=work_slowly, args=(folder, paths))
     other.start()
-    while not list(folder.glob("*/rows.jsonl")):
-        time.sleep(0.02)
+    while not any(len(f.read_bytes().splitlines()) > 1 for f in rows_in(folder)):
+        time.sleep(0.02)  # the first two pictures are not there yet
     place = next(folder.glob("*"))
     with pytest.raises(TimeoutError, match=r"another process is writing.*wait=3600"):
         keep(folder, paths, Tower())
