@@ -17,6 +17,8 @@ tell a caption from its neighbours. The learning rate is level and falls to zero
 the last `--fall` steps: until there the run is the same however long it is to be.
 
 Everything follows from the seed, on a CPU as on a GPU (but for the rounding of sums).
+Products of matrices are in bfloat16 (`--precision`), as is usual for a CLIP; weights,
+the loss and every test are in float32.
 Set MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ to 10000000000 on a CPU: else a
 third of the time goes into giving memory back and asking for it again.
 
@@ -26,6 +28,7 @@ It reads open_clip_config.json and the tokenizer in --out and writes, beside the
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -40,6 +43,7 @@ import numpy as np
 import open_clip
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flamingo_lite.data import (
     RELATIONS,
@@ -246,15 +250,28 @@ def encode_captions(model, tokens):
         model.ln_final(x), tokens, pool, eos_token_id=end
     )
     x = x @ model.text_projection  # (B, d)
-    return torch.nn.functional.normalize(x, dim=-1)
+    return torch.nn.functional.normalize(x.float(), dim=-1)
 
 
-def training_step(model, tokenizer, optimizers, pixels, captions):
+@contextlib.contextmanager
+def products_in(precision, device):
+    """Products of matrices in "bfloat16", or all in "float32"."""
+    half = torch.autocast(torch.device(device).type, torch.bfloat16)
+    with contextlib.ExitStack() as stack:
+        if precision == "bfloat16":
+            stack.enter_context(half)
+            if half.device == "cpu":  # whose fused attention is slow in bfloat16
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+def training_step(model, tokenizer, optimizers, pixels, captions, precision="float32"):
     """One step of CLIP's loss; the loss, still on its device."""
-    pooled, _ = model.visual(pixels)  # (B, d), and the tokens that Flamingo reads
-    image = torch.nn.functional.normalize(pooled, dim=-1)  # (B, d)
     tokens = tokenizer(captions).to(pixels.device)
-    text = encode_captions(model, tokens)  # (B, d)
+    with products_in(precision, pixels.device):
+        pooled, _ = model.visual(pixels)  # (B, d), and the tokens that Flamingo reads
+        text = encode_captions(model, tokens)  # (B, d)
+    image = torch.nn.functional.normalize(pooled.float(), dim=-1)  # (B, d)
     loss = open_clip.ClipLoss()(image, text, model.logit_scale.exp())
     model.zero_grad()
     loss.backward()
@@ -272,7 +289,9 @@ def main():
     parser.add_argument("--fall", type=int, default=2000, help="its last steps")
     parser.add_argument("--cliques-from", type=int, default=2500)
     parser.add_argument("--stop-at", type=int, help="stop early, to go on another day")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    precisions = ["bfloat16", "float32"]
+    parser.add_argument("--precision", choices=precisions, default="bfloat16")
     numbers = {"type": int, "nargs": 2, "help": "in a batch, before and with cliques"}
     parser.add_argument("--singles", default=[96, 64], **numbers)
     parser.add_argument("--pairs", default=[30, 45], **numbers)
@@ -318,7 +337,8 @@ def main():
         if step >= args.steps - args.fall / 2:  # whole pictures at last, as FLIP does
             model.visual.patch_dropout.prob = 0.0
         pixels, captions = batches(step, step >= args.cliques_from)
-        running.append(training_step(model, tokenizer, optimizers, pixels, captions))
+        batch = (pixels, captions, args.precision)
+        running.append(training_step(model, tokenizer, optimizers, *batch))
         done = step + 1
         if done % 50 == 0 or done == last_step:
             pace = (time.time() - started) / (done - seen)
@@ -347,7 +367,7 @@ def main():
     save_whole(weights, lambda path: save_file(half, path))
     settings = f"seed {args.seed} steps {args.steps} fall {args.fall} cliques from "
     settings += f"{args.cliques_from} lr {args.lr} singles {args.singles} pairs "
-    settings += f"{args.pairs} patch dropout {args.patch_dropout}"
+    settings += f"{args.pairs} patch dropout {args.patch_dropout} {args.precision}"
     (out / "training.log").write_text("\n".join([settings, *log]) + "\n")
     assert load_file(weights).keys() == half.keys()
 
