@@ -11,7 +11,16 @@ import open_clip
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_picture, random_features, random_pixels, tokenize
+from conftest import (
+    D_TXT,
+    ROOT,
+    make_picture,
+    opt_config,
+    random_features,
+    random_pixels,
+    save_language_model,
+    tokenize,
+)
 from PIL import Image
 from test_generation import ANSWERS, assert_clean, score_slowly
 from torch.testing import assert_close
@@ -25,6 +34,7 @@ from flamingo_lite import (
     load_captions,
     load_flamingo,
     make_prompt,
+    make_tasks,
     pixels_to_patches,
     read_picture,
     score_candidates,
@@ -377,6 +387,58 @@ def test_blanks_in_a_made_prompt():
         make_prompt([("how many?", "two ")])
         == "<image>how many? two<|endofchunk|><image>"
     )
+
+
+MARKS = ("\ufeff", "\u200b", " \u2060", "\u200d\n", " ")
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_what_cannot_be_seen_is_no_token(small, pictures, mark):
+    """A blank or a byte order mark before a text, or a mark of no width at its ends."""
+    prompt, settings = "<image>this is", {"max_new_tokens": 5}
+    wanted = caption(*small, pictures, prompt, **settings)
+    assert caption(*small, pictures, f"{mark}{prompt}{mark}", **settings) == wanted
+    pieces = stream_caption(*small, pictures[0], f"{mark}{prompt}", **settings)
+    assert "".join(pieces).strip() == wanted[0]
+    assert make_prompt([f"{mark}a fox{mark}"], f"{mark}is") == make_prompt(
+        ["a fox"], "is"
+    )
+    ask = (*small, pictures[0])
+    wanted = score_candidates(*ask, "<image>", ANSWERS)
+    around = [f"{mark}{answer}{mark}" for answer in ANSWERS]
+    assert_close(score_candidates(*ask, f"{mark}<image>{mark}", around), wanted)
+    with pytest.raises(ValueError, match="candidate 1"):
+        score_candidates(*ask, "<image>", [mark])
+
+
+@pytest.mark.parametrize("mark", ":?.!,;")
+def test_an_answer_after_a_mark_begins_with_a_blank(small, mark):
+    """Glued to the colon, "yes" is a token that the model never saw there."""
+    model, _, tokenizer = small
+    features, prompt = random_features(1, 1)[0], f"<image>is it a dog{mark}"
+    ask, apart = (model, None, tokenizer, features), [f" {a}" for a in ANSWERS]
+    wanted = score_slowly(model, tokenizer, features, prompt, apart)
+    for before, answers in (
+        (prompt, ANSWERS),
+        (prompt, apart),
+        (f"{prompt} ", ANSWERS),
+        (f"{prompt} ", apart),
+    ):
+        scores = score_candidates(*ask, before, answers)
+        assert_close(scores, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_question_is_judged_as_it_is_answered(tiny):
+    """Yes or no, glued to the colon: 7 of 14 right, as if by lot."""
+    rows = [r for r in load_captions(ROOT / "data" / "emoji") if r["named"]]
+    tasks = make_tasks(rows, 14, 6, "is there")
+    pictures = [task["picture"] for task in tasks]
+    prompts = [f"<image>{task['given']}" for task in tasks]
+    written, words, chosen = caption(*tiny, pictures, prompts), ["yes", "no"], []
+    for picture, prompt in zip(pictures, prompts, strict=True):
+        scores = score_candidates(*tiny, picture, prompt, words)
+        chosen.append(words[scores.argmax()])
+    assert chosen == written
 
 
 # -------------------------------------------------------------------- scores
@@ -820,6 +882,149 @@ def test_a_stream_is_one_text(small, pictures, options):
         == (caption(*small, pictures[:1])[0])
     )
     assert_clean(small[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 100])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_a_row_that_has_stopped_says_no_more(small, pictures, batch_size, options):
+    """Without an end token it ran on as long as any other row of its batch."""
+    options = {**options, "eos_token_id": None, "max_new_tokens": 12}
+    longest = caption(*small, pictures, **options)
+    pieces = [longest[2][i : i + 4] for i in range(len(longest[2]))]
+    options["stop_strings"] = [next(p for p in pieces if p not in longest[0])]
+    alone = [caption(*small, [picture], **options)[0] for picture in pictures]
+    assert len(alone[2]) < len(longest[2])
+    assert caption(*small, pictures, batch_size=batch_size, **options) == alone
+
+
+def test_a_row_that_a_criterion_has_stopped_says_no_more(small, pictures):
+    """The same for criteria of one's own; how they look at a row is theirs."""
+    (lemon, *_), (tent, *_) = tokens_of(small, " lemon", " tent")
+    stop = {"stopping_criteria": [lambda ids, _: ids[:, -1] == lemon]}
+    stop |= {"eos_token_id": None, "max_new_tokens": 4}
+    words = {0: lemon, 1: tent}
+    stop["prefix_allowed_tokens_fn"] = lambda row, ids: [words[row]]
+    said = caption(*small, pictures[:2], **stop)
+    assert said == ["lemon", "tent tent tent tent"]
+
+
+@pytest.mark.parametrize("name", ["max_length", "min_length"])
+@pytest.mark.parametrize("how", ["argument", "configuration"])
+def test_a_length_that_counts_padding_is_refused(small, pictures, name, how):
+    """It allowed the row with the longer prompt fewer tokens of its own."""
+    options = {name: 12}
+    if how == "configuration":
+        options = {"generation_config": GenerationConfig(**options)}
+    prompts = ["<image>", "<image>a lemon above a"]
+    with pytest.raises(ValueError, match=f"{name} counts .* max_new_tokens"):
+        caption(*small, pictures[:2], prompts, **options)
+    alone = [
+        caption(*small, [picture], prompt, **options)[0]
+        for picture, prompt in zip(pictures, prompts, strict=False)
+    ]
+    assert caption(*small, pictures[:2], prompts, batch_size=1, **options) == alone
+    assert caption(*small, pictures[:2], prompts[1], **options)[1] == alone[1]
+    assert_clean(small[0])
+
+
+def left_out(small, mask):
+    """A cache of all but two tokens of a padded batch, and what goes on with it."""
+    model, _, tokenizer = small
+    ids, whole = tokenize(tokenizer, ["<image>a lemon", "<image>a lemon above a tent"])
+    features = {"vision_features": random_features(2, 1)}
+    kept = {"clear_conditioned_layers": False, "use_cache": True}
+    past = model(None, ids[:, :-2], whole[:, :-2], **features, **kept).past_key_values
+    mask = whole if mask == "whole" else whole[:, -2:]
+    out = model(None, ids[:, -2:], mask, past_key_values=past, **features)
+    return out.logits, model(None, ids, whole, **features).logits[:, -2:]
+
+
+def test_a_mask_is_of_the_cached_text_too(small):
+    """Of the new tokens alone, it gave a row with padding other logits."""
+    found, wanted = left_out(small, "whole")
+    assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"\(2, 2\), want \(2, \d+\), \d+ cached"):
+        left_out(small, "new")
+    assert_clean(small[0])
+    model, _, tokenizer = small
+    ids, mask = tokenize(tokenizer, ["<image>a lemon"])
+    features = {"vision_features": random_features(1, 1)}
+    for bad in (mask[:, -2:], mask[0], mask.expand(2, -1)):
+        with pytest.raises(ValueError, match="attention_mask is .* want"):
+            model(None, ids, bad, **features)
+        with pytest.raises(ValueError, match="attention_mask is .* want"):
+            model.generate(None, ids, bad, **features)
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_one_cache_serves_twice(small, grad):
+    """Also one whose keys and values know where they come from."""
+    model, _, tokenizer = small
+    ids, mask = tokenize(tokenizer, ["<image>a", "<image>a lemon above a tent"])
+    call = {"vision_features": random_features(2, 1)}
+    with torch.set_grad_enabled(grad):
+        out = model(None, ids[:, :-1], mask[:, :-1], use_cache=True, **call)
+    past = out.past_key_values
+    before = [layer.keys.clone() for layer in past.layers]
+    assert before[0].requires_grad == grad
+    call |= {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+    for options in ({}, {"num_beams": 3}):
+        wanted = model.generate(None, ids, mask, **call, **options)
+        for _ in range(2):
+            again = {**call, **options, "past_key_values": past}
+            assert torch.equal(model.generate(None, ids, mask, **again), wanted)
+    assert all(map(torch.equal, before, [layer.keys for layer in past.layers]))
+
+
+@pytest.fixture(scope="module")
+def gpt2(make_model, tmp_path_factory):
+    """A small Flamingo whose language model numbers all places, padding included."""
+    config = transformers.GPT2Config(
+        vocab_size=opt_config().vocab_size,
+        n_embd=D_TXT,
+        n_layer=3,
+        n_head=4,
+        n_positions=96,
+        initializer_range=0.15,
+    )
+    path = save_language_model(tmp_path_factory.mktemp("lm") / "gpt2", config)
+    return make_model(gates=1.0, language_model=path)
+
+
+@torch.no_grad()
+def test_padding_has_no_place(gpt2):
+    """A row of a batch is the row alone; with a cache, too."""
+    model, _, tokenizer = gpt2
+    prompts = ["<image>a", "<image>a lemon above a tent"]
+    ids, mask = tokenize(tokenizer, prompts)
+    features = random_features(2, 1)
+    logits = model(None, ids, mask, vision_features=features).logits
+    for row, prompt in enumerate(prompts):
+        own, _ = tokenize(tokenizer, [prompt])
+        alone = model(None, own, vision_features=features[row : row + 1]).logits
+        assert_close(logits[row, -own.shape[1] :], alone[0], rtol=1e-4, atol=1e-4)
+    found, wanted = left_out(gpt2, "whole")
+    assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    right, mask = tokenize(tokenizer, prompts, side="right")
+    found = model(None, right, mask, vision_features=features).logits
+    n = int(mask[0].sum())
+    assert_close(found[0, :n], logits[0, -n:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_stream_keeps_the_loops_precision(small, pictures):
+    """Autocast is each thread's own: the words were written in float32."""
+    model, kinds = small[0], []
+    head = model.lang_encoder.get_output_embeddings()
+    hook = head.register_forward_hook(lambda *a: kinds.append(a[-1].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = caption(*small, pictures[:1], max_new_tokens=6)
+        said = "".join(stream_caption(*small, pictures[0], max_new_tokens=6))
+    assert [said.strip()] == wanted and set(kinds) == {torch.bfloat16}
+    kinds.clear()
+    list(stream_caption(*small, pictures[0], max_new_tokens=6))
+    hook.remove()
+    assert set(kinds) == {torch.float32}
 
 
 # ----------------------------------------------------------------------- two at a time

@@ -445,6 +445,27 @@ def test_a_copy_is_the_same_model_and_apart_from_it(small, how):
 
 
 @pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("left_by", ["cache_media", "forward"])
+def test_a_copy_takes_along_nothing_that_a_call_has_left(small, how, left_by):
+    """Neither pictures nor what is kept of them, with or without a gradient."""
+    model, _, tokenizer = small
+    ids, mask = tokenize(tokenizer, ["<image>a lemon", "a<image> tent"])
+    features = random_features(2, 1)
+    if left_by == "cache_media":
+        model.cache_media(ids, None, features)
+    else:
+        kept = {"clear_conditioned_layers": False, "vision_features": features}
+        model(None, ids, mask, **kept)
+    twin = COPIES[how](model)
+    lm = twin.lang_encoder
+    for layer in lm._get_decoder_layers():
+        assert layer.vis_x is layer.media_locations is layer.keys_values is None
+    assert lm._cached_text is lm._n_pictures is None and not lm._use_cached_vision_x
+    assert model.lang_encoder.is_conditioned()
+    assert twin(None, ids, mask, vision_features=features).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("how", COPIES)
 def test_of_a_copy_only_the_two_new_rows_learn(small, how):
     """Tensors lose their hooks on the way: the copy gets them anew."""
     model, _, tokenizer = small

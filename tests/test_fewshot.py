@@ -9,7 +9,7 @@ import torch
 from conftest import D_IMG, V, opt_config, save_language_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from flamingo_lite import (
     NUMBERS,
@@ -426,6 +426,40 @@ def test_answer_passes_on_how_to_write(small):
     short = answer(model, tokenizer, features, episodes, max_new_tokens=1)
     assert [a.startswith(b) for a, b in zip(long, short, strict=True)] == [True] * 3
     assert long != short
+
+
+def lengths_of(small, texts):
+    return [len(small[2](text, add_special_tokens=False).input_ids) for text in texts]
+
+
+def test_an_answer_is_as_long_as_it_is_asked_for(small):
+    """8 tokens by default; a configuration that said more was not heard."""
+    model, _, tokenizer = small
+    features = torch.randn(len(SINGLES), 1, V, D_IMG)
+    ask = (model, tokenizer, features, make_episodes(SINGLES, 3, 0, 1, n_ways=2))
+    endless = {"eos_token_id": None}
+    short, long = answer(*ask, **endless), answer(*ask, **endless, max_new_tokens=12)
+    assert max(lengths_of(small, short)) < min(lengths_of(small, long))
+    asked = GenerationConfig(max_new_tokens=12)
+    assert answer(*ask, **endless, generation_config=asked) == long
+    asked = GenerationConfig(do_sample=False)
+    assert answer(*ask, **endless, generation_config=asked) == short
+    one = (*ask[:3], ask[3][:1])
+    n_prompt = len(tokenizer(make_prompt(ask[3][0]["texts"][:-1])).input_ids)
+    assert answer(*one, **endless, max_length=n_prompt + 12) == long[:1]
+    stop = {"stop_strings": [long[0][4:8]], "max_new_tokens": 12}
+    assert len(answer(*one, **endless, **stop)[0]) < len(long[0])
+
+
+def test_several_answers_to_each_episode(small):
+    """Who may follow is asked by the number of the answer, through all batches."""
+    model, _, tokenizer = small
+    features, rows = torch.randn(len(SINGLES), 1, V, D_IMG), []
+    ask = (model, tokenizer, features, make_episodes(SINGLES, 5, 0, 1, n_ways=2))
+    options = {"num_return_sequences": 2, "do_sample": True, "max_new_tokens": 1}
+    note = {"prefix_allowed_tokens_fn": lambda row, _: rows.append(row) or [5]}
+    assert len(answer(*ask, batch_size=2, **options, **note)) == 10
+    assert set(rows) == set(range(10))
 
 
 class OnDisk:

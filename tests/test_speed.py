@@ -260,9 +260,9 @@ def test_benchmark_runs():
     if importlib.util.find_spec("open_flamingo") is None:
         pytest.skip("open-flamingo is not here")
     command = [sys.executable, str(ROOT / "tools" / "measure" / "benchmark.py")]
-    groups = ["step", "growth", "tower", "generation", "memory"]
+    groups = ["step", "growth", "tower", "generation", "memory", "checkpointing"]
     command += ["--smallest", "--busy", *groups]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 9 and all(row.count("|") == 7 for row in rows)
+    assert len(rows) == 11 and all(row.count("|") == 7 for row in rows)

@@ -534,7 +534,8 @@ class FullDisk:
 
 def symbolic_link(checkpoint, monkeypatch):
     """Linux's own full disk, under the temporary file's name."""
-    (checkpoint.parent / "last.pt.tmp").symlink_to("/dev/full")
+    name = f"last.pt.{os.getpid()}.tmp"
+    (checkpoint.parent / name).symlink_to("/dev/full")
 
 
 def half_a_write(checkpoint, monkeypatch):
