@@ -215,7 +215,8 @@ class _ThreeParts(nn.Module):
         """
         lm = self.lang_encoder
         usual = [*self.perceiver.parameters(), *lm.gated_cross_attn_layers.parameters()]
-        usual += [table.weight for table in token_tables(lm).values()]
+        tables = lm.get_input_embeddings(), lm.get_output_embeddings()
+        usual += [table.weight for table in tables if table is not None]
         known = set(map(id, usual))
         for name, p in self.named_parameters():
             if p.requires_grad and id(p) not in known:
