@@ -172,18 +172,18 @@ class _Reading(Dataset):
     def __getitem__(self, place):
         number = self.numbers[place]
         try:
-            if self.process != os.getpid() and self.is_held_open(number):
+            item = self.pictures[number]  # once: it may be decoded each time
+            if self.process != os.getpid() and self.is_held_open(number, item):
                 return place
-            return number, *self.read(self.pictures[number], f"pictures[{number}]")
+            return number, *self.read(item, f"pictures[{number}]")
         except Exception as error:  # a worker's own would lose its words
             return number, None, None, None, _BadPicture(error)
 
-    def is_held_open(self, number):
+    def is_held_open(self, number, item):
         """Is it a PIL picture whose file is open, and stays so?
 
         All processes would read on from one place in it, each where another one left.
         """
-        item = self.pictures[number]
         file = getattr(held_picture(item, f"pictures[{number}]"), "fp", None)
         if file is None:  # a path; or all of it is in memory
             return False
@@ -195,7 +195,7 @@ class _Reading(Dataset):
         path = picture_path(held, where)
         path = path and os.path.abspath(path)
         if isinstance(held, (str, os.PathLike)):
-            if os.path.isfile(path):  # else as_picture says what is wrong
+            if path and os.path.isfile(path):  # else as_picture says what is wrong
                 mark = _mark(path)  # of before: a later change is seen by it
                 content = Path(path).read_bytes()
                 mark = mark if _is_settled(mark) else None
@@ -335,7 +335,8 @@ def _loader(reading, workers):
         n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         workers = min(n, 8) if len(reading) >= 64 and sys.platform == "linux" else 0
     with suppress(Exception):  # who reads the first picture says what is wrong with it
-        if workers and reading.is_held_open(reading.numbers[0]):
+        first = reading.numbers[0]
+        if workers and reading.is_held_open(first, reading.pictures[first]):
             workers = 0  # even to open one would move the place of the others
     settings = {"batch_size": 8, "collate_fn": list, "num_workers": workers}
     if workers and sys.platform == "linux":

@@ -411,7 +411,8 @@ def _check_model(path, state, model):
     here = model_settings(model)
     saved = dict(state.get("model", here))  # older checkpoints do not say
     theirs, ours = saved.pop("frozen", {}), here.pop("frozen")
-    different = [_differences(saved, here)]
+    both = saved.keys() & here.keys()  # another version may note more, or less
+    different = [_differences({k: saved[k] for k in both}, {k: here[k] for k in both})]
     for name in sorted(theirs.keys() | ours.keys()):
         one, two = (torch.tensor(numbers.get(name, [])) for numbers in (theirs, ours))
         # One of them may be kept in 16 bits.
@@ -458,7 +459,8 @@ def load_checkpoint(path, model, optimizers, settings, precision=None, process=0
             for tensor, known in optimizer.state.items():
                 if any(t.shape not in (tensor.shape, ()) for t in known.values()):
                     raise ValueError("it remembers tensors of another size")
-        device = next(model.parameters()).device
+        # With FSDP2 the model that was given may be elsewhere than the run.
+        device = (precision or next(model.parameters())).device
         set_random_states(state["random"], device, process)
     except Exception as error:
         raise ValueError(f"{path} does not fit these optimizers: {error}") from error

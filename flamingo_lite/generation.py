@@ -54,7 +54,7 @@ def make_prompt(texts=(), ask=""):
         check_text(ask, "ask")
     if not isinstance(texts, str):  # which interleave refuses
         texts = [trim(whole_text(text)) for text in texts]
-    return f"{interleave(texts)}<image>{trim(ask)}"
+    return f"{interleave(texts)}<image>{trim(ask or '')}"
 
 
 def _picture(given, d_img, where):
@@ -220,8 +220,9 @@ def _options(model, tokenizer, given, max_new_tokens):
 
 def _check_lengths(model, options, mask):
     """Raise ValueError for a length that counts the padding of prompts, (B, T_txt)."""
-    names = ("max_length", "min_length")
-    asked = [name for name in names if asked_for(model.lang_encoder, options, name)]
+    lm, asked = model.lang_encoder, ["max_length"] * bool(options["max_length"])
+    if asked_for(lm, options, "min_new_tokens") is None:  # else min_length is idle
+        asked += ["min_length"] * bool(asked_for(lm, options, "min_length"))
     if asked and not mask.all():
         counts = mask.sum(dim=1).tolist()
         raise ValueError(

@@ -436,7 +436,8 @@ def train(
         log: called at each report with a dict of numbers: step, loss (mean since the
             last report), pictures_per_second, seconds_left, memory (the most bytes in
             use so far), skipped (steps that float16 left out); with `validation`, true
-            and shuffled, its losses beside its own and beside exchanged pictures.
+            and shuffled, its losses beside its own and beside exchanged pictures. What
+            it draws by chance is the same each time and does not touch the run's lots.
         accelerator: an `accelerate.Accelerator`, if several processes train together
             (DDP or FSDP2): each calls `train` with the same arguments and takes its
             part of each step. The numbers are those of one process, and the first one

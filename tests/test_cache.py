@@ -7,7 +7,6 @@ Whoever must die does so by SIGKILL, in a process of its own.
 import ctypes
 import errno
 import gc
-import inspect
 import multiprocessing
 import os
 import pickle
@@ -219,6 +218,23 @@ def test_workers_read_what_they_open_themselves(paths, tmp_path, monkeypatch):
     some = [paths[0], Image.open(paths[1]), *paths[2:]]
     keep(tmp_path / "g", some, workers=2)
     assert read == ["pictures[1]"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_workers_ask_for_a_picture_once(paths, tmp_path):
+    """A data set may decode it each time."""
+    asked = tmp_path / "asked"
+
+    class Decoding(Columns):
+        def __getitem__(self, number):
+            with asked.open("a") as file:
+                file.write(f"{number}\n")
+            return super().__getitem__(number)["image"].convert("RGB")
+
+    features = keep(tmp_path / "f", Decoding(paths), workers=2)
+    assert torch.equal(features[:], wanted(paths))
+    numbers = sorted(map(int, asked.read_text().split()))
+    assert numbers == [0, *range(len(paths))]  # the first one is looked at before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
@@ -899,25 +915,28 @@ def test_batches_from_it(flamingo):
     )
 
 
-TAKES_IT = "log" in inspect.signature(train).parameters  # since then `train` asks less
-
-
-@pytest.mark.skipif(not TAKES_IT, reason="this `train` takes tensors only")
 def test_training_from_it(flamingo, make_model, paths, tmp_path):
-    """The same weights as from a tensor, and nearly so from pixels."""
+    """The same weights as from a tensor, and nearly so from pixels; of others not."""
     _, image_processor, tokenizer, there, tensor = flamingo
     texts = [f"picture {i}" for i in range(20)]
     texts[3] = ["three", "drei"]
-    ends = []
-    for features in (there, tensor, PixelSource(paths, image_processor)):
-        model = make_model(seed=1)[0]
+    ends, losses = [], []
+    pixels, others = (
+        PixelSource(some, image_processor) for some in (paths, paths[::-1])
+    )
+    for features in (there, tensor, pixels, others):
+        model = make_model(seed=1, gates=1.0)[0]
         settings = {"n_steps": 6, "batch_size": 4, "report_every": 3}
         settings |= {"report": str, "checkpoint": tmp_path / f"{len(ends)}.pt"}
-        train(model, tokenizer, features, texts, **settings)
+        history = train(model, tokenizer, features, texts, **settings)
         ends.append(model.state_dict())
+        losses.append([note["loss"] for note in history])
     for name, weights in ends[0].items():
         assert torch.equal(weights, ends[1][name]), name
         torch.testing.assert_close(weights, ends[2][name], atol=2e-2, rtol=2e-2)
+    assert losses[0] == losses[1]
+    near, far = (np.abs(np.subtract(own, losses[0])).max() for own in losses[2:])
+    assert near < 1e-3 < far, (near, far)
 
 
 def test_captions_and_few_shot_from_it(flamingo):

@@ -365,6 +365,10 @@ MISTAKES = (
 ).split(",")
 
 
+def test_every_mistake_is_tried(images, tmp_path):
+    assert sorted(MISTAKES) == sorted(mistakes(images, tmp_path))
+
+
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_one_line(command, images, tmp_path, kind):
     words, named = mistakes(images, tmp_path)[kind]
@@ -387,7 +391,7 @@ def test_a_mistake_is_one_line(command, images, tmp_path, kind):
         ["train", "--images", "a", "--out", "b", "--steps", "-1"],
         ["train", "--images", "a", "--out", "b", "--batch-size", 0],
         ["train", "--images", "a", "--out", "b", "--accumulate", 0],
-        ["train", "--images", "a", "--out", "b", "--accumulate", 0],
+        ["train", "--images", "a", "--out", "b", "--accumulate", "0.5"],
         ["train", "--images", "a", "--out", "b", "--lr=-0.001"],
         ["train", "--images", "a", "--out", "b", "--lr", "nan"],
         ["train", "--images", "a", "--out", "b", "--seed", "-1"],

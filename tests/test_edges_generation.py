@@ -618,9 +618,15 @@ def tokens_of(small, *texts):
     return [small[2](text, add_special_tokens=False).input_ids for text in texts]
 
 
-def working(small, other):
-    """{name: options that hold it}, for one row without an end."""
-    (first, *_), (second, *_) = tokens_of(small, "a lemon", " above a tent")
+def working(small, other, greedy, text):
+    """{name: options that hold it}, of which each but a few changes the text.
+
+    Args:
+        other: a language model that may help.
+        greedy, text: what the first row is without any option: tokens, and words.
+    """
+    (_, lemon, *_), (tent, *_) = tokens_of(small, "a lemon", " above a tent")
+    first, second, early = greedy[0], greedy[3], {"eos_token_id": greedy[1]}
     eoc = small[0].eoc_token_id
     sample, beams = {"do_sample": True}, {"num_beams": 2}
     static = {"cache_implementation": "static"}
@@ -634,24 +640,27 @@ def working(small, other):
         "early_stopping": {**beams, "early_stopping": True},
         "length_penalty": {**beams, "length_penalty": -2.0},
         "max_length": {"max_length": 9},
-        "min_length": {"min_length": 8},
-        "min_new_tokens": {"min_new_tokens": 6},
+        "min_length": {**early, "min_length": 12},
+        "min_new_tokens": {**early, "min_new_tokens": 6},
         "max_time": {"max_time": 1e-9},
-        "stop_strings": {"stop_strings": "e"},
+        "stop_strings": {"stop_strings": text[len(text) // 2 :][:2]},
         "temperature": {**sample, "temperature": 0.01},
         "top_k": {**sample, "top_k": 1},
         "top_p": {**sample, "top_p": 0.01},
         "min_p": {**sample, "min_p": 0.99},
         "top_h": {**sample, "top_h": 0.1},
         "typical_p": {**sample, "typical_p": 0.2},
-        "epsilon_cutoff": {**sample, "epsilon_cutoff": 0.01},
-        "eta_cutoff": {**sample, "eta_cutoff": 0.01},
+        "epsilon_cutoff": {**sample, "epsilon_cutoff": 0.5},
+        "eta_cutoff": {**sample, "eta_cutoff": 0.99},
         "repetition_penalty": {"repetition_penalty": 5.0},
         "encoder_repetition_penalty": {"encoder_repetition_penalty": 5.0},
         "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
-        "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
+        "encoder_no_repeat_ngram_size": {
+            "encoder_no_repeat_ngram_size": 1,
+            "sequence_bias": {(lemon,): 99.0},  # which stands in the prompt
+        },
         "bad_words_ids": {"bad_words_ids": [[first]]},
-        "sequence_bias": {"sequence_bias": {(second,): 9.0}},
+        "sequence_bias": {"sequence_bias": {(tent,): 9.0}},
         "renormalize_logits": {"renormalize_logits": True},
         "forced_eos_token_id": {"forced_eos_token_id": eoc},
         "remove_invalid_values": {"remove_invalid_values": True},
@@ -671,7 +680,7 @@ def working(small, other):
             ]
         },
         "prefix_allowed_tokens_fn": {
-            "prefix_allowed_tokens_fn": lambda row, ids: [first, second, eoc]
+            "prefix_allowed_tokens_fn": lambda row, ids: [lemon, tent, eoc]
         },
         "streamer": {"streamer": Count([])},
         "synced_gpus": {"synced_gpus": False},
@@ -706,6 +715,9 @@ SAME_TEXT = """
     assistant_confidence_threshold prompt_lookup_num_tokens max_matching_ngram_size
     compile_config disable_compile temperature top_k top_p
 """.split()
+# What is the same without it. A lot that is certain is not; beams have one length here.
+ALIKE = {*SAME_TEXT, "early_stopping", "length_penalty"}
+ALIKE -= {"temperature", "top_k", "top_p"}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -714,26 +726,34 @@ def test_each_option_works(small, backbones, pictures, name):
     model, image_processor, tokenizer = small
     other = transformers.AutoModelForCausalLM.from_pretrained(backbones["opt"]).eval()
     other.resize_token_embeddings(model.lang_encoder.config.vocab_size)
-    options = working(small, other)[name]
     prompt = "<image>a lemon<|endofchunk|><image>this"
     images = [pictures[:2], pictures[1:]]
-    if name == "streamer":
-        images = images[:1]
+    ids, mask = tokenize(tokenizer, [prompt] * len(images))
+    pixels = torch.stack([torch.stack([image_processor(p) for p in r]) for r in images])
+    pixels = pixels[:, :, None]  # (B, T_img, F, 3, H, W)
+    plain = {"eos_token_id": None, "max_new_tokens": 7}
+    greedy = caption(*small, images, prompt, **plain)
+    tokens = model.generate(pixels, ids, mask, do_sample=False, **plain)
+    tokens = tokens[0, ids.shape[1] :].tolist()
+    options = working(small, other, tokens, greedy[0])[name]
+    if name in ("streamer", "stop_strings"):  # of one row
+        images, greedy = images[:1], greedy[:1]
+        pixels, ids, mask = pixels[:1], ids[:1], mask[:1]
     options = {"eos_token_id": None, **options}
     if name != "max_length":
         options["max_new_tokens"] = 7
     torch.manual_seed(0)
     said = caption(*small, images, prompt, **options)
-    greedy = caption(*small, images, prompt, eos_token_id=None, max_new_tokens=7)
     if name in SAME_TEXT:
         assert said == greedy
+    torch.manual_seed(0)
+    others = {n: value for n, value in options.items() if n != name}
+    without = caption(*small, images, prompt, **{"eos_token_id": None, **others})
+    assert said != without or name in ALIKE, "it does nothing here"
     torch.manual_seed(0)
     options = {**options, "tokenizer": tokenizer}
     one_by_one = options.pop("batch_size", None)
     options = {"do_sample": False, **options}
-    ids, mask = tokenize(tokenizer, [prompt] * len(images))
-    pixels = torch.stack([torch.stack([image_processor(p) for p in r]) for r in images])
-    pixels = pixels[:, :, None]  # (B, T_img, F, 3, H, W)
     wanted = []
     for i in range(len(images)) if one_by_one else [slice(None)]:
         row = slice(i, i + 1) if one_by_one else i
@@ -837,8 +857,8 @@ def test_generate_refuses_what_pictures_forbid(small, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         model.generate(None, ids, mask, **call, **options)
     if "negative_prompt_ids" not in options:
+        config = GenerationConfig(**options)  # which transformers itself allows
         with pytest.raises(ValueError, match=next(iter(options))):
-            config = GenerationConfig(**options)
             model.generate(None, ids, mask, **call, generation_config=config)
     assert torch.equal(model.generate(None, ids, mask, **call), wanted)
     off = {"guidance_scale": 1, "token_healing": False}
@@ -925,6 +945,18 @@ def test_a_length_that_counts_padding_is_refused(small, pictures, name, how):
     assert caption(*small, pictures[:2], prompts, batch_size=1, **options) == alone
     assert caption(*small, pictures[:2], prompts[1], **options)[1] == alone[1]
     assert_clean(small[0])
+
+
+def test_a_length_that_does_not_count_is_no_reason(small, pictures, monkeypatch):
+    """New tokens go before it; also where only the model's own configuration has it."""
+    prompts, new = ["<image>", "<image>a lemon above a"], {"max_new_tokens": 5}
+    ask = (*small, pictures[:2], prompts)
+    wanted = caption(*ask, **new, min_new_tokens=5)
+    both = GenerationConfig(**new, min_new_tokens=5, max_length=12, min_length=9)
+    assert caption(*ask, generation_config=both) == wanted
+    for name, value in (("max_length", 12), ("min_length", 9)):
+        monkeypatch.setattr(small[0].lang_encoder.generation_config, name, value)
+    assert caption(*ask, **new, min_new_tokens=5) == wanted
 
 
 def left_out(small, mask):

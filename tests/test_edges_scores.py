@@ -141,9 +141,10 @@ MARKS = "''|'|``|`|-LRB-|-RRB-|-LCB-|-RCB-|.|?|!|,|:|-|--|...|;".split("|")
 
 def test_words_are_those_of_the_usual_tokenizer(tmp_path):
     """Stanford's, as pycocoevalcap calls it, where there are it and Java."""
-    theirs = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
+    why = "needs pycocoevalcap: pip install --no-deps -r tests/requirements-parity.txt"
+    theirs = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer", reason=why)
     if shutil.which("java") is None:
-        pytest.skip("no java")
+        pytest.skip("no Java on the PATH: words are not compared with Stanford's")
     jar = Path(theirs.__file__).with_name(theirs.STANFORD_CORENLP_3_4_1_JAR)
     rng, texts = random.Random(0), [text for text in WORDS if text.strip(". \t\n")]
     said = ["a", "dog's", "isn't", "red", "two-tone", "bus,", "The", "girls'", "3.5"]

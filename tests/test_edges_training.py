@@ -193,23 +193,23 @@ def test_features_that_are_not_finite_stop_before_the_step(
 ):
     """Named: step, picture and text; the model and both checkpoints are whole."""
     built, features = make_model(), FEATURES.clone()
-    features[3, 0, 5, 7] = number
-    first = next(s for s in range(12) if 3 in rows_of(s))
+    bad = (set(range(len(TEXTS))) - {*rows_of(0), *rows_of(1)}).pop()
+    features[bad, 0, 5, 7] = number
+    first = next(s for s in range(12) if bad in rows_of(s))
+    assert first >= 2, "there are no two checkpoints yet"
     where, settings = tmp_path / "last.pt", {"report_every": 1}
     straight = make_model()
-    if first:
-        with pytest.raises(Stopped):
-            go(straight, checkpoint=None, report=stop_at(first), report_every=1)
+    with pytest.raises(Stopped):
+        go(straight, checkpoint=None, report=stop_at(first), report_every=1)
     with pytest.raises(NotFinite) as caught:
         go(built, features, checkpoint=where, **settings)
     message = str(caught.value)
     assert f"step {first + 1} not taken: the loss is nan" in message
-    assert "pictures [3]" in message and "'a bee'" in message
+    assert f"pictures [{bad}]" in message and repr(TEXTS[bad]) in message
     assert isinstance(caught.value, ValueError)
     check_same(built[0], straight[0])
     assert not built[0].training
-    names = ["last.pt", "last.pt.previous"][: min(first, 2)]
-    for name, back in zip(names, (0, 1), strict=False):
+    for name, back in (("last.pt", 0), ("last.pt.previous", 1)):
         assert read_checkpoint(tmp_path / name)["step"] == first - back
 
 
@@ -263,13 +263,37 @@ def test_a_weight_that_is_not_finite_is_named_at_once(make_model, part):
         go(built, report=lambda line: pytest.fail(line))
 
 
-def test_a_rate_that_blows_up_leaves_both_checkpoints(make_model, tmp_path):
-    """Weights overflow in a step whose loss was a number: it is not written."""
+def test_a_rate_that_blows_up_leaves_the_checkpoint(make_model, tmp_path):
+    """Of the one step that was taken; the next one's loss is no number."""
     path = tmp_path / "last.pt"
     with pytest.raises(NotFinite):
         go(make_model(), checkpoint=path, report_every=1, lr=1e37)
-    for file in tmp_path.iterdir():
-        read_checkpoint(file)
+    assert {f.name: read_checkpoint(f)["step"] for f in tmp_path.iterdir()} == {
+        "last.pt": 1
+    }
+
+
+def test_weights_that_overflow_leave_both_checkpoints(
+    make_model, tmp_path, monkeypatch
+):
+    """In a step whose loss was a number: it is not written."""
+    right, path, taken = training.training_step, tmp_path / "last.pt", []
+
+    def overflow(model, *others):
+        loss = right(model, *others)
+        taken.append(loss)
+        if len(taken) == 6:
+            model.perceiver.latents.data[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(training, "training_step", overflow)
+    with pytest.raises(ValueError, match="perceiver.latents"):
+        go(make_model(), checkpoint=path, report_every=1)
+    assert torch.stack(taken[:6]).isfinite().all()
+    assert {f.name: read_checkpoint(f)["step"] for f in tmp_path.iterdir()} == {
+        "last.pt": 5,
+        "last.pt.previous": 4,
+    }
 
 
 @pytest.mark.parametrize("lr", [1e39, 1e300])

@@ -108,7 +108,7 @@ def test_a_task_episode_that_cannot_be():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="no question 'colour'; there are thing, num"):
         task_episode(rng, COUNTS, "colour", 2)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="4 shots and a question, and 4 scenes"):
         task_episode(rng, COUNTS[:4], "thing", 4)
     assert len(task_episode(rng, COUNTS[:5], "thing", 4)["numbers"]) == 5
 
@@ -387,7 +387,9 @@ def test_no_demonstrations():
     for sort in ({"n_ways": 2}, {"question": "kind"}):
         scenes = SINGLES if "n_ways" in sort else COUNTS
         for how in (None, *WAYS):
-            for episode in make_episodes(scenes, 5, 0, 0, how=how, **sort):
+            episodes = make_episodes(scenes, 5, 0, 0, how=how, **sort)
+            assert len(episodes) == 5
+            for episode in episodes:
                 assert episode["texts"] == [episode["answer"]]
                 assert len(episode["numbers"]) == 1
 
@@ -666,5 +668,5 @@ def test_cider_of_all_and_of_nothing_right():
     assert cider_d(["x", "", "above"], references).tolist() == [0, 0, 0]
     with pytest.warns(UserWarning, match="no words are rarer"):
         assert cider_d(["a fox", ""], [[""], [""]]).tolist() == [0, 0]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="1 captions, references of 3"):
         cider_d(["a bus"], references)

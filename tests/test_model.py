@@ -253,7 +253,7 @@ def test_wrong_pictures_are_named(small, call):
 def test_pictures_for_another_number_of_rows_are_refused(small):
     model, _, tokenizer = small
     ids, mask = tokenize(tokenizer, TEXTS)
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(ValueError, match="pictures for 3 rows, but 2 of text"):
         model(random_pixels(3, 2), ids, mask)
     assert_clean(model)
 
@@ -413,9 +413,7 @@ def test_greedy_is_a_full_recompute(make_model, prompt, immediate):
         without = model.generate(None, ids, mask, use_cache=False, **settings)
         assert torch.equal(without, wanted)
         answers.append(wanted[0].tolist())
-    assert answers[0] != answers[1] or answers[1] != answers[2], (
-        "the pictures do nothing"
-    )
+    assert answers[0] != answers[1], "the pictures do nothing"
 
 
 def test_a_row_in_a_batch_writes_what_it_writes_alone(small):
@@ -1003,7 +1001,8 @@ def test_a_damaged_file_is_an_error_and_runs_no_code(saved, damage, monkeypatch)
 def test_a_missing_file_or_folder_is_named(saved, gone):
     _, _, folder = saved
     shutil.rmtree(folder) if gone == "." else (folder / gone).unlink()
-    with pytest.raises(OSError, match="saved"):
+    message = "no flamingo.safetensors and config.json in .*saved"
+    with pytest.raises(OSError, match=message):
         load_flamingo(folder)
 
 
@@ -1048,11 +1047,18 @@ def test_a_model_without_a_size_is_saved_too(make_model, backbones, tmp_path):
         )
 
 
-@pytest.mark.parametrize("text", ["[]", '{"size": "tiny", "colour": "pink"}'])
-def test_a_config_of_something_else_is_named(saved, text):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", r"saved.config\.json does not describe a model"),
+        ('{"size": "tiny", "colour": "pink"}', "cannot build what .*saved .*'colour'"),
+    ],
+    ids=["a list", "an entry"],
+)
+def test_a_config_of_something_else_is_named(saved, text, message):
     _, _, folder = saved
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="saved"):
+    with pytest.raises(ValueError, match=message):
         load_flamingo(folder)
 
 

@@ -258,7 +258,7 @@ def test_norm_in_the_matrix():
 def test_benchmark_runs():
     """The tool in its smallest form: a Markdown table with a row for each case."""
     if importlib.util.find_spec("open_flamingo") is None:
-        pytest.skip("open-flamingo is not here")
+        pytest.skip("needs open-flamingo: tests/requirements-parity.txt")
     command = [sys.executable, str(ROOT / "tools" / "measure" / "benchmark.py")]
     groups = ["step", "growth", "tower", "generation", "memory", "checkpointing"]
     command += ["--smallest", "--busy", *groups]

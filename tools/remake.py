@@ -139,7 +139,7 @@ def do(stage, root=ROOT):
     code = subprocess.run([sys.executable, *command.split()], cwd=root).returncode
     print(f"{name}: {time.time() - started:.0f} s, exit code {code}", flush=True)
     if code == 0:
-        note(name, weights_of(stands_on, root), whole=True, root=root)
+        note(name, of, whole=True, root=root)
     return code
 
 
