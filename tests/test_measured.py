@@ -192,3 +192,21 @@ def test_one_of_each_shape_counts_for_all():
     assert all(taken >= 0 for _, taken in found.values())
     moved = [p.grad is not None for p in matrices]
     assert moved == [True, False, True, False]
+
+
+# ------------------------------------------------------------------------ own pictures
+
+
+def test_own_pictures(tmp_path):
+    """Runs of every number and length, with marks; none is made a second time."""
+    out = tmp_path / "own.json"
+    words = ["--numbers", 6, 12, "--steps", 2, "--seeds", 1, "--tests", 5, "--out", out]
+    code, told, error = call_tool("own_pictures", *words)
+    assert code == 0, error
+    runs = json.loads(out.read_text())
+    assert [(run["pictures"], run["steps"]) for run in runs] == [(6, 2), (12, 2)]
+    for run in runs:
+        assert len(run["exact"]) == len(run["exact, shuffled"]) == 5
+        assert 0.5 < run["loss of new ones"] < 20
+    assert call_tool("own_pictures", *words)[:2] == (0, "")
+    assert json.loads(out.read_text()) == runs

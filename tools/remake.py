@@ -70,6 +70,12 @@ STAGES = [
         ("tiny_clip", "tiny_opt"),
         ("data/ablations.json",),
     ),
+    (
+        "own pictures",
+        f"{MEASURE}/own_pictures.py",
+        ("tiny_clip", "tiny_opt"),
+        ("data/own_pictures.json",),
+    ),
     ("data compared", f"{MEASURE}/compare_data.py", (), ("data/compare_data.json",)),
     ("cover", "tools/book/make_cover.py", SHIPPED, ()),
     ("stills", "tools/book/make_stills.py", SHIPPED, ()),
