@@ -199,7 +199,14 @@ def test_a_training_of_lessons_notes_its_looks(tmp_path, monkeypatch, capsys):
     features, texts = lessons.probe(*built[:2], n=8)
     monkeypatch.setattr(lessons, "make_lessons", lambda *_: (features, texts, None))
     monkeypatch.setattr(lessons, "probe", lambda *_: (features, texts))
-    args = {"steps": 2, "batch_size": 4, "lr": 1e-3, "seed": 0, "hands": False}
+    args = {
+        "steps": 2,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "seed": 0,
+        "precision": "float32",
+        "hands": False,
+    }
     looks = tmp_path / "looks.jsonl"
     looks.write_text('{"step": 7, "true": 1.0, "shuffled": 1.0}\n')  # of another
     lessons.teach(built, {}, 0, 1, SimpleNamespace(**args, checkpoints=tmp_path))

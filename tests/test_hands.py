@@ -4,6 +4,7 @@ import json
 import sys
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from conftest import ROOT
@@ -14,7 +15,7 @@ from flamingo_lite.tasks import NUMBERS
 
 sys.path.insert(0, str(ROOT))
 from tools.measure import compare_data, measure_captions
-from tools.weights import hands
+from tools.weights import hands, train_eyes
 from tools.weights.atlas import compose, free_numbers, read_rows
 from tools.weights.lessons import Lessons, encode_tensors
 
@@ -245,3 +246,30 @@ def test_a_sheet_of_test_scenes_is_drawn(tmp_path, monkeypatch):
     hands.main()
     with Image.open(out) as sheet:
         assert sheet.size == (12 * 128, 5 * 128)
+
+
+def test_products_in_bfloat16_change_little():
+    """The eyes' loss and steps, in both number formats."""
+    rows = [row for row in train_eyes.read_rows() if row["sort"] == "emoji"][:60]
+    batches = train_eyes.Batches(rows, 0, [8, 8], [3, 3])
+    folder = train_eyes.DATA / "tiny_clip"
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        model = open_clip.CLIP(**config)
+        optimizers = train_eyes.make_optimizers(model, 1e-3)
+        step = model, tokenizer, optimizers, *batches(0), precision
+        losses[precision] = [train_eyes.training_step(*step).item() for _ in range(3)]
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    exact, rounded = losses.values()
+    assert exact != rounded and exact == pytest.approx(rounded, rel=0.01)
+    assert exact[2] < exact[0] - 0.3
+
+
+def test_a_run_goes_on_with_its_own_settings_only():
+    """But for the number of steps, which may be chosen late."""
+    a, b = "seed 0 steps 7000 fall 2000 lr 0.002", "seed 0 steps 60 fall 2000 lr 0.002"
+    assert train_eyes.same_run(a) == train_eyes.same_run(b)
+    assert train_eyes.same_run(a) != train_eyes.same_run(b.replace("0.002", "0.001"))

@@ -54,6 +54,7 @@ from flamingo_lite.tasks import TASKS
 from tools import ROOT
 from tools.weights.atlas import outlined, read_rows
 from tools.weights.hands import Painter
+from tools.weights.train_eyes import fast_attention
 
 # How many of each in an epoch; stories and prompts hold several pictures.
 SHARES = {
@@ -268,12 +269,14 @@ def teach(built, shares, seed, report_every, args, longest=10):
         shares, longest: see `make_lessons`.
         seed: of the lessons.
         report_every: see `train`.
-        args: with steps, batch_size, lr, seed, hands and checkpoints, a folder.
+        args: with steps, batch_size, lr, seed, hands, precision and checkpoints, a
+            folder.
     """
     model, image_processor, tokenizer = built
     log = [f"seed {args.seed} steps {args.steps} lr {args.lr} lessons {shares}"]
     log[0] += f" prompts {longest} drawn by "
     log[0] += "all trained hands" if args.hands else "seven emoji studios"
+    log[0] += f" products in {args.precision}"
 
     def report(line):
         print(line, flush=True)
@@ -293,27 +296,36 @@ def teach(built, shares, seed, report_every, args, longest=10):
     features, texts, sequences = make_lessons(
         model, image_processor, seed, shares, longest, args.hands
     )
-    history = train(
-        model,
-        tokenizer,
-        features,
-        texts,
-        n_steps=args.steps,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-        checkpoint=checkpoint,
-        report_every=report_every,
-        report=report,
-        sequences=sequences,
-        validation=probe(model, image_processor),
-        log=note,
-    )
+    with fast_attention(args.precision, next(model.parameters()).device):
+        history = train(
+            model,
+            tokenizer,
+            features,
+            texts,
+            n_steps=args.steps,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            seed=args.seed,
+            checkpoint=checkpoint,
+            report_every=report_every,
+            report=report,
+            sequences=sequences,
+            validation=probe(model, image_processor),
+            log=note,
+            precision=args.precision,
+        )
     return history, log
 
 
+def add_switches(parser):
+    """The switches of every script that teaches."""
+    precisions = ["float32", "bfloat16"]
+    parser.add_argument("--precision", choices=precisions, default="float32")
+    add_hands(parser)
+
+
 def add_hands(parser):
-    """The switch of every script that teaches."""
+    """Who draws."""
     told = "draw by all trained hands (the default), or as chapter 7 does"
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--hands", action=switch, default=True, help=told)

@@ -26,7 +26,7 @@ from tokenizers.processors import ByteLevel
 
 from flamingo_lite import build_flamingo, load_flamingo, save_flamingo
 from tools import ROOT
-from tools.weights.lessons import add_hands, teach
+from tools.weights.lessons import add_switches, teach
 
 SHARES = {
     "captions": 6000,
@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64, help="pictures")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    add_hands(parser)
+    add_switches(parser)
     parser.add_argument("--threads", type=int, default=2)
     no_start = "the tokenizer puts no start token: chapter 10 tells what comes of it"
     parser.add_argument("--no-start", action="store_true", help=no_start)

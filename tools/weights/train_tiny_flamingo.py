@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from flamingo_lite import build_flamingo, save_flamingo
 from tools import ROOT
 from tools.measure.measure_captions import measure
-from tools.weights.lessons import SHARES, add_hands, read_looks, teach
+from tools.weights.lessons import SHARES, add_switches, read_looks, teach
 
 
 def shrink(path):
@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    add_hands(parser)
+    add_switches(parser)
     parser.add_argument("--pictures", type=int, default=200, help="a test and seed")
     parser.add_argument("--threads", type=int, default=2)
     cache = Path.home() / ".cache/flamingo_lite/flamingo"
