@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from flamingo_lite.data import collate, whole_text
+from flamingo_lite.data import collate, in_order, whole_text
 
 WINDOW = 32  # batches that are sorted by length together
 
@@ -97,6 +97,7 @@ def make_batch(rows, features, texts, tokenizer, device, sequences=None, lot=Non
         lot: (seed, epoch), which of several texts for a picture is drawn; None, the
             first.
     """
+    texts, sequences = in_order(texts), in_order(sequences)
     own = [[row] if sequences is None else sequences[row] for row in rows]
     some = features[[number for numbers in own for number in numbers]]
     told = [_told(row, texts, sequences, lot) for row in rows]
@@ -178,7 +179,8 @@ def check_examples(features, texts, sequences=None):
     _check_features(features)
     if isinstance(texts, str):
         raise ValueError(f"want a list of texts, got one text, {texts[:40]!r}")
-    texts, n, what = [_plain(text) for text in texts], len(features), "pictures"
+    texts = [_plain(text) for text in in_order(texts)]
+    n, what = len(features), "pictures"
     if sequences is not None:
         sequences = [_numbers(s, n, f"sequence {i}") for i, s in enumerate(sequences)]
         n, what = len(sequences), "sequences"
@@ -255,4 +257,7 @@ class Examples:
             says, numbers = "Features are not finite", spoilt
         some = ", ".join(repr(self.texts[row])[:60] for row in (bad or rows)[:3])
         more = ", …" * (len(bad or rows) > 3)
+        files = getattr(self.features, "files", [None] * len(self.features))
+        named = [files[n] for n in numbers[:3] if files[n]]
+        more += f"; {', '.join(named)}" * bool(named)
         return f"{says}: pictures {numbers} of the batch, with the texts {some}{more}"

@@ -214,6 +214,18 @@ def kept_for_backward(
 
 def _kept_of_picture(sizes, F, half):
     """Bytes that the Perceiver keeps of one picture."""
+    layers = sizes["perceiver"]["depth"] * _kept_of_reading(sizes, F, half)
+    return layers + _kept_latents(sizes)
+
+
+def _kept_latents(sizes):
+    """Bytes of a picture's latents: before each layer but the first; at the end."""
+    perceiver, d = sizes["perceiver"], sizes["vision"]["d"]
+    return 4 * perceiver["n"] * (perceiver["depth"] * d + 2)
+
+
+def _kept_of_reading(sizes, F, half):
+    """Bytes that one layer of the Perceiver keeps of a picture."""
     vision, perceiver = sizes["vision"], sizes["perceiver"]
     d, n, inner = vision["d"], perceiver["n"], perceiver["inner"]
     tokens = F * vision["v"]
@@ -223,9 +235,7 @@ def _kept_of_picture(sizes, F, half):
     products += 2 * n * inner  # queries; what was read
     products += n * d + 2 * n * perceiver["ff"] * d  # feed-forward, around its GELU
     norms = 4 * n + perceiver["heads"] * n  # means, spreads; softmax
-    layer = half * products + 4 * (norms + n * d)  # and the latents between the halves
-    latents = perceiver["depth"] * n * d  # before each layer but the first; at the end
-    return perceiver["depth"] * layer + 4 * (latents + 2 * n)
+    return half * products + 4 * (norms + n * d)  # and the latents between the halves
 
 
 def _kept_media(sizes, T_img, half):
@@ -287,7 +297,7 @@ def memory_budget(
     copied = matrices["learning"] + table + matrices["frozen"] * (not frozen_half)
     kept = kept_for_backward(sizes, T_img, T_txt, F, precision)
     if gradient_checkpointing:
-        kept = _checkpointed(sizes, kept, T_img, T_txt, precision)
+        kept = _checkpointed(sizes, kept, T_img, T_txt, F, precision)
     is_half = precision != "float32"
     return {
         "frozen weights": frozen * (2 if frozen_half else 4),
@@ -312,14 +322,18 @@ def _matrices(sizes):
     }
 
 
-def _checkpointed(sizes, kept, T_img, T_txt, precision):
+def _checkpointed(sizes, kept, T_img, T_txt, F, precision):
     """What is kept if a layer keeps its input only, and one at a time does the rest."""
     half, lm = 4 if precision == "float32" else 2, sizes["lm"]
     inputs = 4 * lm["layers"] * T_txt * lm["d"]
     one = _kept_of_block(sizes, T_img, T_txt, half) + _kept_of_layer(sizes, T_txt, half)
+    reading = T_img * _kept_of_reading(sizes, F, half)
+    tokens = 4 * F * sizes["vision"]["v"] * sizes["vision"]["d"]
+    pictures = T_img * (_kept_latents(sizes) + tokens)
     media = 4 * T_img * sizes["perceiver"]["n"] * sizes["vision"]["d"]
-    parts = {"perceiver": kept["perceiver"], "loss": kept["loss"]}
-    return {**parts, "inputs of layers": inputs + media, "one layer": one}
+    parts = {"perceiver": pictures, "loss": kept["loss"]}
+    parts["inputs of layers"] = inputs + media
+    return {**parts, "one layer": max(one, reading)}
 
 
 def disk(sizes=PAPER, n_pictures=0, F=1, with_muon=False):

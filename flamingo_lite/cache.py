@@ -27,7 +27,7 @@ import shutil
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -42,6 +42,9 @@ from flamingo_lite.data import (
     as_picture,
     encode_pixels,
     held_picture,
+    in_order,
+    picture_name,
+    picture_path,
     size_to_decode,
 )
 from flamingo_lite.loading import fingerprint
@@ -154,12 +157,14 @@ class _Reading(Dataset):
     """Pictures by number: (number, hash, path, mark, pixels), read by workers.
 
     Bytes are read once, for the hash and for the pixels, which thus belong together.
-    Pixels are None for a picture in `known`, or where only hashes are wanted.
+    Pixels are None for a picture in `known`, or where only hashes are wanted. What a
+    worker must not read, it gives back as its place in `numbers`, an int.
     """
 
     def __init__(self, pictures, numbers, known, image_processor, least):
         self.pictures, self.numbers, self.known = pictures, numbers, known
         self.image_processor, self.least = image_processor, least
+        self.process = os.getpid()  # a worker has another number
 
     def __len__(self):
         return len(self.numbers)
@@ -167,15 +172,30 @@ class _Reading(Dataset):
     def __getitem__(self, place):
         number = self.numbers[place]
         try:
-            return number, *self.read(self.pictures[number], f"pictures[{number}]")
+            item = self.pictures[number]  # once: it may be decoded each time
+            if self.process != os.getpid() and self.is_held_open(number, item):
+                return place
+            return number, *self.read(item, f"pictures[{number}]")
         except Exception as error:  # a worker's own would lose its words
             return number, None, None, None, _BadPicture(error)
 
+    def is_held_open(self, number, item):
+        """Is it a PIL picture whose file is open, and stays so?
+
+        All processes would read on from one place in it, each where another one left.
+        """
+        file = getattr(held_picture(item, f"pictures[{number}]"), "fp", None)
+        if file is None:  # a path; or all of it is in memory
+            return False
+        again = held_picture(self.pictures[number], f"pictures[{number}]")
+        return again.fp is file  # else it is opened whenever it is asked for
+
     def read(self, item, where):
-        held, content, path, mark = held_picture(item, where), None, None, None
+        held, content, mark = held_picture(item, where), None, None
+        path = picture_path(held, where)
+        path = path and os.path.abspath(path)
         if isinstance(held, (str, os.PathLike)):
-            path = os.path.abspath(held)
-            if os.path.isfile(path):  # else as_picture says what is wrong
+            if path and os.path.isfile(path):  # else as_picture says what is wrong
                 mark = _mark(path)  # of before: a later change is seen by it
                 content = Path(path).read_bytes()
                 mark = mark if _is_settled(mark) else None
@@ -314,12 +334,17 @@ def _loader(reading, workers):
     if workers is None:  # to start a process costs more than to read a few pictures
         n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         workers = min(n, 8) if len(reading) >= 64 and sys.platform == "linux" else 0
+    with suppress(Exception):  # who reads the first picture says what is wrong with it
+        first = reading.numbers[0]
+        if workers and reading.is_held_open(first, reading.pictures[first]):
+            workers = 0  # even to open one would move the place of the others
     settings = {"batch_size": 8, "collate_fn": list, "num_workers": workers}
     if workers and sys.platform == "linux":
         settings["multiprocessing_context"] = "fork"
     # With a generator of its own it takes no random number from the reader's.
     for some in DataLoader(reading, generator=torch.Generator(), **settings):
-        yield from some
+        for item in some:
+            yield reading[item] if isinstance(item, int) else item
 
 
 def _batches(items, known, batch_size):
@@ -398,6 +423,13 @@ class FeatureCache:
         return FeatureCache, (self.folder, self.hashes)
 
     @property
+    def files(self):
+        """Of each picture a file that it was read from, or None: list."""
+        files = _Index(self.folder).files.items()
+        paths = {digest: path for path, (_, digest) in files}
+        return [paths.get(digest) for digest in self.hashes]
+
+    @property
     def nbytes(self):
         """What a tensor of all of them would take."""
         return self.data[0].nbytes * len(self)
@@ -414,8 +446,9 @@ class FeatureCache:
         for row, one in zip(rows.flatten().tolist(), features, strict=True):
             if row not in self.checked and zlib.crc32(one) != self.checksums[row]:
                 number = self.rows.tolist().index(row)
-                where = f"{self.folder / 'features.bin'}: the features of "
-                raise ValueError(f"{where}pictures[{number}] are damaged; {_AWAY}")
+                name = picture_name(self.files[number], f"pictures[{number}]")
+                where = f"{self.folder / 'features.bin'}: the features of {name}"
+                raise ValueError(f"{where} are damaged; {_AWAY}")
             self.checked.add(row)
         return torch.from_numpy(features).reshape(*rows.shape, *self.shape[1:])
 
@@ -434,7 +467,9 @@ def _encode(writer, pictures, numbers, settings, bar):
     items = _loader(reading, workers)
     for new, found in _batches(items, writer.rows, batch_size):
         if new:
-            names = [f"pictures[{number}]" for number, _ in new.values()]
+            of = {number: path for number, _, path, _ in found}
+            numbered = [(of[number], number) for number, _ in new.values()]
+            names = [picture_name(path, f"pictures[{n}]") for path, n in numbered]
             pixels = [torch.from_numpy(one) for _, one in new.values()]
             features = encode_pixels(visual, torch.stack(pixels), names, dtype)
             writer.add(list(new), features)
@@ -469,6 +504,7 @@ def _ask_disk(writer, pictures, numbers, workers):
 
 def _several(pictures):
     """Pictures as they are given, a single one as a list."""
+    pictures = in_order(pictures)
     if isinstance(pictures, (Image.Image, dict, str, os.PathLike)):
         return [pictures]
     if not hasattr(pictures, "__iter__"):
@@ -572,6 +608,7 @@ class PixelSource:
 
     Attributes:
         shape: (pictures, F=1, 3, H, W).
+        files: of each picture its path, or None.
     """
 
     ndim = 5
@@ -586,6 +623,14 @@ class PixelSource:
 
     def __len__(self):
         return len(self.pictures)
+
+    @property
+    def files(self):
+        """Of each picture its path, or None: list. Nothing is opened for it."""
+        if not isinstance(self.pictures, (list, tuple)):
+            return [None] * len(self)
+        found = [picture_path(one) for one in self.pictures]
+        return [path and os.path.abspath(path) for path in found]
 
     def __getitem__(self, numbers):
         """(k, F=1, 3, H, W) pixels of k pictures; an error names one, `pictures[3]`."""

@@ -11,18 +11,24 @@ __all__ = [
     "save_checkpoint",
     "read_checkpoint",
     "run_settings",
+    "model_settings",
     "load_checkpoint",
 ]
 
 import contextlib
+import glob
 import io
 import os
+import random
+import sys
 import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from flamingo_lite.loading import backbone_settings
 from flamingo_lite.model import token_tables
 
 
@@ -42,23 +48,65 @@ def trained_rows(model):
 
 
 def random_states(device):
-    """Torch's random states, {"cpu": (bytes,)}; on a GPU also {"cuda": (bytes,)}."""
-    states = {"cpu": torch.get_rng_state()}
+    """Where the generators of random numbers stand: dict.
+
+    Torch's, {"cpu": (bytes,)}, on a GPU also {"cuda": (bytes,)}; "python" and "numpy",
+    which change pictures by chance.
+    """
+    name, numbers, *rest = np.random.get_state()
+    states = {"cpu": torch.get_rng_state(), "python": random.getstate()}
+    states["numpy"] = (name, torch.from_numpy(numbers.astype(np.int64)), *rest)
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def set_random_states(states, device):
-    """Go on from `random_states`; those of a GPU only where there is one."""
+def set_random_states(states, device, process=0):
+    """Go on from `random_states`; those of a GPU only where there is one.
+
+    Of several processes, the others' are in "others". One that was not there when they
+    were saved gets a seed of its own.
+    """
+    others = states.get("others", ())
+    is_new = process > len(others)
+    states = states if is_new or process == 0 else others[process - 1]
     torch.set_rng_state(states["cpu"])
+    if "python" in states:  # older checkpoints hold torch's alone
+        random.setstate(states["python"])
+        name, numbers, *rest = states["numpy"]
+        np.random.set_state((name, numbers.numpy().astype(np.uint32), *rest))
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+    if is_new:
+        seed = int(torch.randint(2**31, ())) + process
+        for use in (torch.manual_seed, random.seed, np.random.seed):
+            use(seed)
 
 
 def _beside(path, ending):
-    """The path of a file in the same folder: last.pt -> last.pt.tmp."""
+    """The path of a file in the same folder: last.pt -> last.pt.previous."""
     return path.with_name(path.name + ending)
+
+
+def _has_ended(process):
+    """Has a process, given by its number, ended? Windows does not say."""
+    if sys.platform == "win32":
+        return False
+    try:
+        os.kill(process, 0)  # signal 0 does nothing, but wants somebody to be there
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # somebody else's, or no number of a process
+        pass
+    return False
+
+
+def _sweep(path):
+    """Take away what writers that were killed have left beside a file."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and _has_ended(int(number)):
+            left.unlink(missing_ok=True)
 
 
 def _keep_previous(path):
@@ -76,8 +124,9 @@ def write_whole(path, contents):
     Raises:
         OSError: it cannot be written, say to a full disk; what was there still is.
     """
-    temporary = _beside(path, ".tmp")
+    temporary = _beside(path, f".{os.getpid()}.tmp")  # another run may write, too
     try:
+        _sweep(path)
         with open(temporary, "wb") as file:
             file.write(contents)
             file.flush()
@@ -128,6 +177,7 @@ def save_checkpoint(path, model, optimizers, **progress):
             for name, p in learning.items()
         },
         "optimizers": [_of_tables(o.state_dict(), o, _cut, rows) for o in optimizers],
+        "model": model_settings(model),
         "random": random_states(next(model.parameters()).device),
         **progress,
     }
@@ -153,6 +203,7 @@ def _check_precision(saved):
 def _check_values(state):
     """Raise what it raises, if a checkpoint cannot have these values."""
     kinds = {"settings": dict, "random": dict, "history": list, "step": int}
+    kinds |= {"model": dict} if "model" in state else {}  # older ones have none
     if any(type(state[name]) is not kind for name, kind in kinds.items()):
         raise ValueError("settings, random states, steps or notes of another kind")
     if state["step"] != len(state["history"]):
@@ -330,6 +381,47 @@ def _check_tensors(path, state, model):
         raise ValueError(f"{path} is of another model, use another file: {different}")
 
 
+def model_settings(model):
+    """What a model computes with that no shape of a trained tensor shows: dict.
+
+    Plain values by name; "frozen" has the first numbers of each tensor that is frozen.
+    """
+    lm, rows = model.lang_encoder, trained_rows(model)
+    built = getattr(model.config, "built_with", None) or {}
+    found = {
+        "token ids": [model.eoc_token_id, model.media_token_id],
+        "start_token": built.get("start_token"),
+        "only_attend_immediate_media": lm.only_attend_immediate_media,
+    }
+    ours = {"perceiver": model.perceiver, "gated blocks": lm.gated_cross_attn_layers}
+    for part, module in ours.items():
+        heads = [m.heads for m in module.modules() if hasattr(m, "heads")]
+        found[f"heads of {part}"] = heads
+    for part in ("vision_encoder", "lang_encoder"):
+        settings = backbone_settings(getattr(model, part))
+        found |= {f"{name} of {part}": value for name, value in settings.items()}
+    still = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    still |= {n: p for n, p in learning_parameters(model).items() if p in rows}
+    numbers = {name: p.detach().flatten()[:4] for name, p in still.items()}  # (≤ 4,)
+    return {**found, "frozen": {n: t.float().tolist() for n, t in numbers.items()}}
+
+
+def _check_model(path, state, model):
+    """Raise ValueError if a checkpoint is of a model that computes in another way."""
+    here = model_settings(model)
+    saved = dict(state.get("model", here))  # older checkpoints do not say
+    theirs, ours = saved.pop("frozen", {}), here.pop("frozen")
+    both = saved.keys() & here.keys()  # another version may note more, or less
+    different = [_differences({k: saved[k] for k in both}, {k: here[k] for k in both})]
+    for name in sorted(theirs.keys() | ours.keys()):
+        one, two = (torch.tensor(numbers.get(name, [])) for numbers in (theirs, ours))
+        # One of them may be kept in 16 bits.
+        if one.shape != two.shape or not one.allclose(two, rtol=5e-3, atol=1e-6):
+            different.append(f"{name}, which is frozen, has other numbers")
+    if different := "; ".join(filter(None, different[:5])):
+        raise ValueError(f"{path} is of another model, use another file: {different}")
+
+
 def _whole(tensor, table, rows):
     """The other way round than `_cut`: a tensor as large as a table, 0 elsewhere."""
     if tensor.shape == table.shape:  # from an older checkpoint
@@ -341,13 +433,14 @@ def _whole(tensor, table, rows):
     return whole
 
 
-def load_checkpoint(path, model, optimizers, settings, precision=None):
+def load_checkpoint(path, model, optimizers, settings, precision=None, process=0):
     """Go on from a checkpoint: (steps done, history).
 
     Args:
         path, model, optimizers: as for `save_checkpoint`.
         settings: of this run, see `run_settings`.
         precision: a `Precision`, which goes on from the one that was saved.
+        process: number of this one, if there are several.
 
     Raises:
         OSError, ValueError: see `read_checkpoint`.
@@ -356,6 +449,7 @@ def load_checkpoint(path, model, optimizers, settings, precision=None):
     state = read_checkpoint(path)
     _check_settings(path, state, settings)
     _check_tensors(path, state, model)
+    _check_model(path, state, model)
     rows = trained_rows(model)
     try:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -365,7 +459,9 @@ def load_checkpoint(path, model, optimizers, settings, precision=None):
             for tensor, known in optimizer.state.items():
                 if any(t.shape not in (tensor.shape, ()) for t in known.values()):
                     raise ValueError("it remembers tensors of another size")
-        set_random_states(state["random"], next(model.parameters()).device)
+        # With FSDP2 the model that was given may be elsewhere than the run.
+        device = (precision or next(model.parameters())).device
+        set_random_states(state["random"], device, process)
     except Exception as error:
         raise ValueError(f"{path} does not fit these optimizers: {error}") from error
     with torch.no_grad():

@@ -27,6 +27,7 @@ import flamingo_lite
 
 _NAME = "python -m flamingo_lite"
 _CHECKPOINT = "last.pt"  # in the folder that `train` writes
+_FINISHED = ("flamingo.safetensors", "config.json", f"{_CHECKPOINT}.previous")
 
 
 def _say(line):
@@ -60,7 +61,8 @@ def _add_train(add):
     add("--resume", action="store_true", help="go on with the run in --out")
     count, size = _number(int, 0), _number(int, 1)
     add("--steps", type=count, default=1000, help=of)
-    add("--batch-size", type=size, default=64, help=f"pictures in a step {of}")
+    add("--batch-size", type=size, default=64, help=f"pictures at a time {of}")
+    add("--accumulate", type=size, default=1, help=f"times that many in a step {of}")
     add("--lr", type=_number(float, 0), default=1e-3, help=f"learning rate {of}")
     add("--seed", type=count, default=0, help=of)
     add("--precision", choices=("float32", "bfloat16", "float16"))
@@ -144,13 +146,19 @@ def _features(model, image_processor, rows, options):
 
 
 def _check_out(out, resume):
-    """Raise an error for a folder that a new run must not write to."""
+    """Raise an error for a folder that a run must not write to."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file: name a folder")
     if not resume and out.is_dir() and any(out.iterdir()):
         raise FileExistsError(
             f"--out {out} holds something: add --resume to go on with the run there, "
             "or name another folder"
+        )
+    lost = not (out / _CHECKPOINT).exists()
+    if lost and (held := [name for name in _FINISHED if (out / name).exists()]):
+        raise FileNotFoundError(
+            f"--out {out} has no {_CHECKPOINT} to go on from, and a new run would "
+            f"write over {' and '.join(held)}: name another folder"
         )
 
 
@@ -182,6 +190,7 @@ def _train(options):
         texts,
         n_steps=options.steps,
         batch_size=options.batch_size,
+        accumulate=options.accumulate,
         lr=options.lr,
         seed=options.seed,
         checkpoint=out / _CHECKPOINT,
@@ -351,6 +360,7 @@ def run_command(words=None):
     except RuntimeError as error:
         if "out of memory" not in str(error) or "FLAMINGO_LITE_DEBUG" in os.environ:
             raise
-        _say("error: the device has too little memory: try a smaller --batch-size")
+        way_out = "try a smaller --batch-size and a larger --accumulate"
+        _say(f"error: the device has too little memory: {way_out}")
         return 2
     return 0

@@ -12,6 +12,7 @@ __all__ = [
     "SPECIAL_TOKENS",
     "FORMATS",
     "LISTINGS",
+    "trim",
     "check_text",
     "read_picture",
     "check_row",
@@ -23,7 +24,10 @@ __all__ = [
     "make_scenes",
     "whole_text",
     "interleave",
+    "in_order",
     "held_picture",
+    "picture_path",
+    "picture_name",
     "as_picture",
     "size_to_decode",
     "encode_pixels",
@@ -40,14 +44,16 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterable, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from itertools import chain, combinations, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.features import check as is_built_in
 from tqdm import tqdm
 
 from flamingo_lite.loss import IGNORE, make_labels
@@ -58,17 +64,67 @@ RELATIONS = ("to the left of", "above")
 SPECIAL_TOKENS = ("<image>", "<|endofchunk|>")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# What is no word at the end of a text: blanks of every kind, and marks of no width.
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))
+_BLANKS += "\ufeff\u200b\u200c\u200d\u2060"
+
+
+def trim(text):
+    """A text, or a list of them, without blanks and invisible marks at the ends."""
+    if isinstance(text, list):
+        return [trim(one) for one in text]
+    return text.strip(_BLANKS) if isinstance(text, str) else text
 
 
 def check_text(text, where, special_tokens=SPECIAL_TOKENS):
     """Raise ValueError, naming `where`, for a text that cannot be a caption."""
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not trim(text):
         raise ValueError(f"{where}: the caption is empty or not a text")
     if text.encode(errors="ignore").decode() != text:
         raise ValueError(f"{where}: the caption is not valid Unicode")
     for token in special_tokens:
         if token in text:
             raise ValueError(f"{where}: take {token} out of the caption")
+
+
+_BRANDS = dict.fromkeys("heic heix heim heis hevc hevx mif1 msf1".split(), "HEIF")
+_BRANDS |= {"avif": "AVIF", "avis": "AVIF"}
+_ADVICE = {
+    "HEIF": "a HEIC photograph of a phone: pip install pillow-heif",
+    "AVIF": "an AVIF picture, which this Pillow cannot read: pip install -U pillow",
+}
+
+
+def _format_of_phones(head):
+    """The format of a HEIC or AVIF file with these first bytes, or None.
+
+    Raises:
+        ValueError: it is one, and Pillow has nothing to read it with.
+    """
+    kind = _BRANDS.get(head[8:12].decode(errors="replace"))
+    if kind is None or head[4:8] != b"ftyp":
+        return None
+    if kind == "HEIF":
+        with suppress(ImportError):
+            import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    if kind not in Image.OPEN or (kind == "AVIF" and not is_built_in("avif")):
+        raise ValueError(f"it is {_ADVICE[kind]}, or convert it to JPEG")
+    return kind
+
+
+def _opened(path, content):
+    """A picture of one of FORMATS, or else of HEIC or AVIF, if Pillow can read it."""
+    source = path if content is None else io.BytesIO(content)
+    try:
+        return Image.open(source, formats=FORMATS)
+    except UnidentifiedImageError:
+        if content is None:
+            with open(path, "rb") as file:
+                content = file.read(12)
+        if (kind := _format_of_phones(content[:12])) is None:
+            raise
+        return Image.open(source, formats=(kind,))
 
 
 @contextmanager
@@ -83,8 +139,7 @@ def _open_picture(path, content=None):
             raise ValueError("there is no such file, or it is no ordinary one")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            source = path if content is None else io.BytesIO(content)
-            with Image.open(source, formats=FORMATS) as picture:
+            with _opened(path, content) as picture:
                 yield picture
     except Exception as error:  # a broken file makes decoders raise almost anything
         raise ValueError(f"cannot read the picture {path}: {error}") from error
@@ -95,6 +150,7 @@ def read_picture(path, least=None, content=None):
 
     Args:
         path: a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file; its first frame is taken.
+            A HEIC file with pillow-heif, an AVIF file if Pillow can.
         least: pixels; a JPEG is decoded at a half, a quarter or an eighth of its size
             if no side gets shorter than that. None, at its whole size.
         content: the file's bytes, if somebody has read them already.
@@ -128,6 +184,8 @@ def _file_name(row, where):
 def check_row(folder, row, where, check_picture=False):
     """A line of a listing, a dict, with its "path"; ValueError names `where`.
 
+    Its text is without blanks and invisible marks at the ends.
+
     Args:
         check_picture: True decodes the picture, a JPEG at an eighth of its size, which
             finds what is cut off too; False reads no more than its header.
@@ -137,6 +195,7 @@ def check_row(folder, row, where, check_picture=False):
     path = Path(folder, _file_name(row, where))
     if "text" not in row:
         raise ValueError(f'{where}: no "text"; {_columns(row)}; rename one of them')
+    row = {**row, "text": trim(row["text"])}
     if row["text"] == []:
         raise ValueError(f"{where}: there is no caption in the list")
     if isinstance(row["text"], list):
@@ -406,6 +465,13 @@ def interleave(texts):
     return "".join(f"<image>{text}<|endofchunk|>" for text in texts)
 
 
+def in_order(items):
+    """A list by place of a column or a table of pandas's, which are asked by label."""
+    if not hasattr(items, "iloc"):
+        return items
+    return items.to_dict("records") if hasattr(items, "columns") else list(items)
+
+
 def held_picture(item, where):
     """The PIL picture or the path that an item is, or as a row has; else TypeError."""
     if not isinstance(item, dict):
@@ -417,8 +483,21 @@ def held_picture(item, where):
     return held[0] if held else item["path"]
 
 
+def picture_path(item, where="picture"):
+    """The file that a picture is of, or None. Args: as for `held_picture`."""
+    held = held_picture(item, where)
+    is_file = isinstance(held, (str, os.PathLike))
+    return (held if is_file else getattr(held, "filename", None)) or None
+
+
+def picture_name(item, where):
+    """What an error calls a picture: `where`, and its file if it has one."""
+    path = picture_path(item, where)
+    return f"{where} ({path})" if path else where
+
+
 def as_picture(item, where, least=None, content=None):
-    """RGB on white, of a PIL picture, a file or a row; an error names `where`.
+    """RGB on white, of a PIL picture, a file or a row; errors name `where` and a file.
 
     Args:
         item: see `encode_pictures`.
@@ -428,7 +507,8 @@ def as_picture(item, where, least=None, content=None):
     item = held_picture(item, where)
     try:
         if isinstance(item, (str, os.PathLike)):
-            return read_picture(item, least, content)
+            return read_picture(item, least, content)  # whose errors name the file
+        where = picture_name(item, where)
         return rgb_on_white(item)
     except TypeError as error:
         raise TypeError(f"{where}: {error}") from error
@@ -473,7 +553,9 @@ def encode_pixels(visual, pixels, names, dtype=torch.float16):
     """
     visual = getattr(visual, "visual", visual)  # of a VisionEncoder
     weight = next(visual.parameters())
-    tokens = visual(pixels.to(weight.device, weight.dtype))[1]  # (some, v, d_img)
+    # What is kept is not rounded, wherever the caller is.
+    with torch.autocast(weight.device.type, enabled=False):
+        tokens = visual(pixels.to(weight.device, weight.dtype))[1]  # (some, v, d_img)
     if tokens.ndim != 3:
         raise ValueError("want the vision encoder of a Flamingo, with its tokens")
     halves = tokens.to(dtype).cpu()
@@ -485,10 +567,10 @@ def _encoded(visual, image_processor, pictures, batch_size, dtype):
     """The features of `batch_size` pictures after those of others."""
     numbered, least = enumerate(pictures), size_to_decode(visual)
     while some := list(islice(numbered, batch_size)):
-        names = [f"pictures[{number}]" for number, _ in some]
-        named = zip(some, names, strict=True)
-        read = [as_picture(one, name, least) for (_, one), name in named]
+        named = [(one, f"pictures[{number}]") for number, one in some]
+        read = [as_picture(*one, least) for one in named]
         pixels = torch.stack([image_processor(p) for p in read])  # (some, 3, H, W)
+        names = [picture_name(*one) for one in named]
         yield encode_pixels(visual, pixels, names, dtype)  # (some, 1, v, d_img)
 
 
@@ -506,9 +588,10 @@ def encode_pictures(
         visual: `Flamingo.vision_encoder`.
         image_processor: PIL picture to (3, H, W).
         pictures: list or iterator of PIL pictures, of paths, or of rows with one of
-            them: of `load_captions`, `make_scenes` or an image dataset of Hugging
-            Face's. Files are opened batch by batch, a large JPEG at a half, a quarter
-            or an eighth of its size, but at least twice what the encoder takes.
+            them: of `load_captions`, `make_scenes`, an image dataset of Hugging
+            Face's or a table of pandas's. Files are opened batch by batch, a large
+            JPEG at a half, a quarter or an eighth of its size, but at least twice
+            what the encoder takes.
         batch_size: pictures at a time.
         dtype: of the result.
         progress: True shows a progress bar.
@@ -519,8 +602,9 @@ def encode_pictures(
 
     Raises:
         TypeError, ValueError: a picture is none, cannot be read, or has features that
-            are not finite; it is named by its number, `pictures[3]`.
+            are not finite; it is named by its number, `pictures[3]`, and its file.
     """
+    pictures = in_order(pictures)
     if isinstance(pictures, (Image.Image, dict, str, os.PathLike)):
         pictures = [pictures]
     if not isinstance(pictures, Iterable):
@@ -631,7 +715,7 @@ def collate(examples, tokenizer):
     T_txt, most = batch.input_ids.shape[1], tokenizer.model_max_length
     if T_txt > most:
         row = int(batch.attention_mask.sum(dim=1).argmax())
-        words = _first_words(whole_text(examples[row][1][0]))
+        words = _first_words(whole_text(next(iter(examples[row][1]))))
         raise ValueError(
             f"row {row}: {T_txt} tokens, but the model reads {most}: {words}"
         )
@@ -656,7 +740,7 @@ def _alternatives(texts, sequences):
     """Of each item its texts, and of each text [(where, text), …], one to be drawn."""
     if isinstance(texts, str):
         raise ValueError(f"want a list of texts, got the text {_first_words(texts)}")
-    for number, item in enumerate(texts):
+    for number, item in enumerate(in_order(texts)):
         named = {f"texts[{number}]": item}
         if sequences:
             if not isinstance(item, (list, tuple)):

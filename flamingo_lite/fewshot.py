@@ -32,8 +32,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from flamingo_lite.generation import _later, caption, make_prompt
-from flamingo_lite.tasks import made_up, with_article
+from flamingo_lite.generation import _copies, _later, caption, make_prompt
+from flamingo_lite.tasks import KIND_OF, made_up, with_article
 
 QUESTIONS = ("thing", "number", "kind")
 
@@ -75,7 +75,25 @@ def task_episode(rng, scenes, question, n_shots):
     return {"numbers": numbers, "texts": texts, "answer": texts[-1]}
 
 
-def naming_episode(rng, groups, n_ways, n_shots, query_studios=()):
+def _new_words(rng, things, known, taken):
+    """{thing: a made-up word with its article}, none known and none taken."""
+    words = {}
+    for _ in range(100 * len(things)):
+        name = made_up(rng)
+        if name in known:  # one more, by a lot of its own: all other lots stay
+            name = made_up(rng.spawn(1)[0])
+        new = name not in known and name not in taken
+        if new and with_article(name) not in words.values():
+            words[things[len(words)]] = with_article(name)
+        if len(words) == len(things):
+            return words
+    raise ValueError(
+        f"{len(things)} made-up words wanted, and {len(words)} are found that are no "
+        "known names: take fewer words, or fewer names into `known`"
+    )
+
+
+def naming_episode(rng, groups, n_ways, n_shots, query_studios=(), known=KIND_OF):
     """A prompt that names some things with made-up words, then shows one of them again.
 
     The picture of the question is by a studio that drew no demonstration.
@@ -87,18 +105,21 @@ def naming_episode(rng, groups, n_ways, n_shots, query_studios=()):
         n_shots: demonstrations for each; they come in rounds, each in another order.
         query_studios: who may have drawn the picture of the question, and then draws
             no demonstration; empty, anyone.
+        known: names that the model may have learned. No word is one of them, and none
+            is the name of a thing in `groups`: "dog", too, can be made up.
 
     Returns:
         an episode, with "words", {thing: its made-up name}, and "thing", which the
         question shows.
 
     Raises:
-        ValueError: too few things are drawn by the studios that are needed, or numbers
-            that cannot be.
-        TypeError: `query_studios` is one string.
+        ValueError: too few things are drawn by the studios that are needed, numbers
+            that cannot be, or too few words that are no known names.
+        TypeError: `query_studios` or `known` is one string.
     """
-    if isinstance(query_studios, str):
-        raise TypeError(f"want names of studios in a list, so [{query_studios!r}]")
+    for name, given in (("studios", query_studios), ("things", known)):
+        if isinstance(given, str):
+            raise TypeError(f"want names of {name} in a list, so [{given!r}]")
     if n_ways < 1 or n_shots < 0:
         raise ValueError(f"{n_ways} things with {n_shots} shots each: no such prompt")
     apart, usable = set(query_studios), []
@@ -109,11 +130,7 @@ def naming_episode(rng, groups, n_ways, n_shots, query_studios=()):
     if len(usable) < n_ways:
         raise ValueError(f"{n_ways} things wanted, and {len(usable)} can be shown")
     things = rng.choice(usable, n_ways, replace=False).tolist()
-    words = {}
-    while len(words) < n_ways:
-        name = made_up(rng)
-        if name not in groups and with_article(name) not in words.values():
-            words[things[len(words)]] = with_article(name)
+    words = _new_words(rng, things, set(known), groups)
     final = things[int(rng.integers(n_ways))]
     last = str(rng.choice(sorted(apart & set(groups[final]) or groups[final])))
     shown = [thing for _ in range(n_shots) for thing in rng.permutation(things)]
@@ -257,18 +274,25 @@ def answer(model, tokenizer, features, episodes, batch_size=50, **kwargs):
             only the pictures of one batch are in memory.
         episodes: all with the same number of pictures.
         batch_size: prompts at a time.
-        **kwargs: for `caption`.
+        **kwargs: for `caption`. Where none of them, nor a `generation_config` among
+            them, says how long an answer may be, it is cut after 8 tokens.
 
     Raises:
-        ValueError: no episodes, or features that are not those of their scenes.
+        ValueError: no episodes, or features that are not those of their scenes; and
+            see `caption`.
     """
     numbers = _picture_numbers(episodes, features)
     prompts = [make_prompt(e["texts"][:-1]) for e in episodes]
-    settings = {"max_new_tokens": 8, "batch_size": batch_size, **kwargs}
+    settings = {"batch_size": batch_size, **kwargs}
+    config = kwargs.get("generation_config")
+    limits = ("max_new_tokens", "max_length")
+    if not any(kwargs.get(n) or getattr(config, n, None) for n in limits):
+        settings["max_new_tokens"] = 8
     may_follow, said = kwargs.get("prefix_allowed_tokens_fn"), []
     for first in range(0, len(episodes), batch_size):
-        if may_follow is not None:  # it counts the episodes of all batches
-            settings["prefix_allowed_tokens_fn"] = partial(_later, may_follow, first)
+        if may_follow is not None:  # it counts the rows of all batches
+            before = first * _copies(model, kwargs)
+            settings["prefix_allowed_tokens_fn"] = partial(_later, may_follow, before)
         rows = numbers[first : first + batch_size]  # (B, T_img)
         pictures = features[sum(rows, [])].unflatten(0, (len(rows), -1))
         own = prompts[first : first + batch_size]

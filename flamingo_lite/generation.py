@@ -20,6 +20,7 @@ __all__ = [
     "score_candidates",
 ]
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from functools import partial
 from os import PathLike
@@ -28,9 +29,9 @@ from threading import Event, Thread
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
 
-from flamingo_lite.data import check_text, interleave, read_picture, whole_text
+from flamingo_lite.data import check_text, interleave, read_picture, trim, whole_text
 from flamingo_lite.model import asked_for, pixels_to_patches
 from flamingo_lite.vision import rgb_on_white
 
@@ -43,15 +44,17 @@ def make_prompt(texts=(), ask=""):
         ask: words after the last `<image>`, e.g. "question: how many? answer:".
 
     Returns:
-        "<image>TEXT<|endofchunk|>" for each text, then "<image>ASK". Blanks around a
-        text or around `ask` are left out.
+        "<image>TEXT<|endofchunk|>" for each text, then "<image>ASK". Blanks and marks
+        of no width around a text or around `ask` are left out.
+
+    Raises:
+        ValueError: a text that is none, is empty, or holds a special token.
     """
     if ask:
         check_text(ask, "ask")
     if not isinstance(texts, str):  # which interleave refuses
-        whole = [whole_text(text) for text in texts]
-        texts = [text.strip() if isinstance(text, str) else text for text in whole]
-    return f"{interleave(texts)}<image>{ask.strip()}"
+        texts = [trim(whole_text(text)) for text in texts]
+    return f"{interleave(texts)}<image>{trim(ask or '')}"
 
 
 def _picture(given, d_img, where):
@@ -120,13 +123,13 @@ def _pictures(model, image_processor, rows):
 def _prompts(model, tokenizer, rows, prompts, new=None, longest=None, first=0):
     """Prompts as ids and mask, (B, T_txt) each, padded on the left.
 
-    A blank at the end would be a token of its own, which is otherwise part of the next
+    A blank at an end would be a token of its own, which is otherwise part of the next
     word, so it is left out. Surplus features that are zeros are dropped from `rows`.
     """
     for i, prompt in enumerate(prompts, first):
         if not isinstance(prompt, str):
             raise TypeError(f"row {i}: a prompt is a string, got {prompt!r:.60}")
-    prompts = [prompt.rstrip() for prompt in prompts]
+    prompts = trim(prompts)
     sides = {"padding": True, "padding_side": "left"}
     with model.alone():  # a tokenizer, too, remembers: its settings for padding
         batch = tokenizer(prompts, return_tensors="pt", **sides)
@@ -215,9 +218,40 @@ def _options(model, tokenizer, given, max_new_tokens):
     return {**given, **lengths, "do_sample": samples, "tokenizer": tokenizer}
 
 
+def _check_lengths(model, options, mask):
+    """Raise ValueError for a length that counts the padding of prompts, (B, T_txt)."""
+    lm, asked = model.lang_encoder, ["max_length"] * bool(options["max_length"])
+    if asked_for(lm, options, "min_new_tokens") is None:  # else min_length is idle
+        asked += ["min_length"] * bool(asked_for(lm, options, "min_length"))
+    if asked and not mask.all():
+        counts = mask.sum(dim=1).tolist()
+        raise ValueError(
+            f"{asked[0]} counts the prompt as well, but prompts of {min(counts)} to "
+            f"{max(counts)} tokens stand in one batch: give max_new_tokens or "
+            "min_new_tokens, which count what is written"
+        )
+
+
+def _copies(model, options):
+    """How many rows of a prompt `prefix_allowed_tokens_fn` is asked about."""
+    lm = model.lang_encoder
+    has_beams = (asked_for(lm, options, "num_beams") or 1) > 1  # they are one row
+    return 1 if has_beams else asked_for(lm, options, "num_return_sequences") or 1
+
+
 def _later(may_follow, before, row, ids):
     """What `may_follow` says of a row, `before` rows further down."""
     return may_follow(before + row, ids)
+
+
+class _RowsEnd(StoppingCriteria):
+    """Stops nothing. That it knows of `eos_token_id`, though None, makes transformers
+    put padding behind a row that something else has stopped."""
+
+    eos_token_id = None
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @torch.no_grad()
@@ -240,7 +274,7 @@ def caption(
             features: (prompts, F, v, d_img) for prompts of one picture,
             (prompts, T_img, F, v, d_img) for others, with zeros where a prompt has
             fewer. One picture alone is a list of one.
-        prompt: a string for all, or one for each. Blanks at its end are left out.
+        prompt: a string for all, or one for each. Blanks at its ends are left out.
         batch_size: prompts at a time.
         max_new_tokens: a text that does not end is cut here. None: where
             `generation_config` says, or after 24.
@@ -254,7 +288,8 @@ def caption(
     Raises:
         TypeError: something that is no picture, or no prompt.
         ValueError: pictures and `<image>` of a row differ in number, a prompt is too
-            long or empty, a picture cannot be read, or an option would not work.
+            long or empty, a picture cannot be read, or an option would not work, such
+            as `max_length` for prompts of several lengths in one batch.
 
     Threads that share a model wait for each other.
     """
@@ -266,9 +301,9 @@ def caption(
         raise ValueError(f"{len(prompts)} prompts for {len(rows)} rows of pictures")
     options, texts = _options(model, tokenizer, kwargs, max_new_tokens), []
     lengths = options["max_new_tokens"], options["max_length"]
-    lm, may_follow = model.lang_encoder, kwargs.get("prefix_allowed_tokens_fn")
-    has_beams = (asked_for(lm, kwargs, "num_beams") or 1) > 1
-    copies = 1 if has_beams else asked_for(lm, kwargs, "num_return_sequences") or 1
+    may_follow = kwargs.get("prefix_allowed_tokens_fn")
+    stops = [*(kwargs.get("stopping_criteria") or ()), _RowsEnd()]
+    options["stopping_criteria"] = stops
     for first in range(0, len(rows), batch_size):
         some = [
             _row(row, model.vis_dim, f"row {number}")
@@ -276,12 +311,14 @@ def caption(
         ]
         own = prompts[first : first + batch_size]
         lang_x, mask = _prompts(model, tokenizer, some, own, *lengths, first)
+        _check_lengths(model, options, mask)
         pictures = _pictures(model, image_processor, some)
         if may_follow is not None:  # it counts the rows of all batches
-            before = first * copies
+            before = first * _copies(model, kwargs)
             options["prefix_allowed_tokens_fn"] = partial(_later, may_follow, before)
         ids = model.generate(lang_x=lang_x, attention_mask=mask, **pictures, **options)
         new = ids[:, lang_x.shape[1] :]  # (B, new)
+        new = new.masked_fill(new < 0, tokenizer.pad_token_id)  # beams without an end
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -302,7 +339,8 @@ def stream_caption(
 
     Leaving the loop stops the writing; an error in it is raised here. Another call of
     the model, in the loop or in another thread, waits until the text is written. So it
-    is a RuntimeError inside `with model.alone():`.
+    is a RuntimeError inside `with model.alone():`. A loop under autocast is written
+    under autocast, too.
     """
     if model.alone()._is_owned():  # by this thread, and another one is to write
         raise RuntimeError(
@@ -326,10 +364,15 @@ def stream_caption(
     ]
     words = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     options["streamer"] = words
+    kind = lang_x.device.type
+    autocast = contextlib.nullcontext()  # each thread has its own
+    if torch.is_autocast_enabled(kind):
+        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind))
 
     def write():
         try:
-            model.generate(lang_x=lang_x, **options)
+            with autocast:
+                model.generate(lang_x=lang_x, **options)
         except BaseException as error:
             errors.append(error)
             words.end()
@@ -351,13 +394,14 @@ def _split(tokenizer, prompt, candidates, end):
     How a prompt is cut into tokens may depend on what follows it, so the whole texts
     are cut, and shared is what is the same in all of them.
     """
-    bare = prompt.rstrip()
-    if bare != prompt and bare and not bare.endswith("<image>"):
-        prompt = f"{bare} "  # a blank between two words belongs to the second
-    else:
-        prompt = bare
-    rows = tokenizer([f"{prompt}{text.rstrip()}{end}" for text in candidates]).input_ids
-    alone, n_same = tokenizer(prompt).input_ids, 0
+    bare = trim(prompt)
+    follows = bare and not bare.endswith("<image>")  # else a blank is no part of it
+    blank = prompt[-1:].isspace() or bare.endswith((":", "?", ".", "!", ",", ";"))
+    rows = []
+    for text in candidates:
+        gap = " " if follows and (blank or text[:1].isspace()) else ""
+        rows.append(f"{bare}{gap}{trim(text)}{end}")
+    rows, alone, n_same = tokenizer(rows).input_ids, tokenizer(bare).input_ids, 0
     for tokens in zip(alone, *(row[:-1] for row in rows), strict=False):
         if len(set(tokens)) > 1:
             break
@@ -382,8 +426,9 @@ def score_candidates(
     Args:
         images: its picture, a list of its pictures, or features (T_img, F, v, d_img).
         prompt: a string. Blanks at its end are left out after `<image>`, and are one
-            blank after a word.
-        candidates: the answers, without the blanks at their ends.
+            blank after a word. After one of `: ? . ! , ;` there always is one.
+        candidates: the answers. Blanks at their ends are left out, but for one after a
+            word of the prompt: "this is" and " a fox".
         end: what has to follow an answer. With "" an answer can never score higher
             than its own beginning.
 

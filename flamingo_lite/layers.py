@@ -89,6 +89,11 @@ class FlamingoLayer(nn.Module):
         """Remember whether the text to come is after all of `media_locations`."""
         self.use_cached_media = bool(use_cached_media)
 
+    def __getstate__(self):
+        """For pickle and copy: without the images that somebody has left here."""
+        left = dict.fromkeys(("vis_x", "media_locations", "keys_values"))
+        return {**super().__getstate__(), **left, "use_cached_media": False}
+
     def forward(self, lang_x: torch.Tensor, *args, **kwargs) -> Any:
         """(B, T_txt, d_txt) in; what the decoder layer returns, out.
 
@@ -252,6 +257,12 @@ class FlamingoLMMixin(_ImageCount):
 
         forward.__signature__ = signature(super().forward)
         cls.forward = forward
+
+    def __getstate__(self):
+        """For pickle and copy: without what is known of a text and its images."""
+        left = {"_use_cached_vision_x": False, "_n_apart": 0}
+        left |= {"_cached_text": None, "_n_pictures": None}
+        return {**super().__getstate__(), **left}
 
     def __setstate__(self, state):
         super().__setstate__(state)  # of copy.deepcopy, or out of a pickle

@@ -302,14 +302,10 @@ def trained_tensors(model: Flamingo) -> dict[str, torch.Tensor]:
     return tensors | {name: state[name] for name in _unfrozen(model)}
 
 
-def _unfrozen(model: Flamingo) -> list[str]:
-    """Names of backbone parameters that somebody has unfrozen, besides the two rows."""
-    usual = [*model.perceiver.parameters()]
-    usual += model.lang_encoder.gated_cross_attn_layers.parameters()
-    usual += [table.weight for table in token_tables(model.lang_encoder).values()]
-    known = set(map(id, usual))
-    named = model.named_parameters()
-    return [name for name, p in named if p.requires_grad and id(p) not in known]
+def _unfrozen(model: Flamingo) -> dict[str, torch.Tensor]:
+    """Parameters of the backbones that are unfrozen, or ever were, by name."""
+    noted = model.note_unfrozen()
+    return {name: p for name, p in model.named_parameters() if name in noted}
 
 
 def save_flamingo(
@@ -320,7 +316,7 @@ def save_flamingo(
 ) -> None:
     """Write what was trained, and how the model was built, to a folder.
 
-    What you have unfrozen of the backbones is written, too, as long as it is unfrozen.
+    What you have unfrozen of the backbones is written, too, frozen again or not.
 
     Args:
         model: a Flamingo from `build_flamingo` or `create_model_and_transforms`.
@@ -328,6 +324,10 @@ def save_flamingo(
             which says how to build the model and which backbones it needs.
         dtype: e.g. torch.float16 halves the file.
         bits: 8 keeps each number of a matrix in eight bits, with a scale for each row.
+
+    Raises:
+        ValueError: nothing says how to build it; or it holds a number that is not
+            finite. What was there before stays.
     """
     if model.config.built_with is None:
         raise ValueError(
@@ -339,13 +339,20 @@ def save_flamingo(
     if bits not in (None, 8):
         raise ValueError(f"bits is 8, or None to keep all in dtype, got {bits!r}")
     config = dict(model.config.built_with)
-    if names := _unfrozen(model):
-        config["also_trained"] = names
+    if also := _unfrozen(model):
+        frozen = [name for name, p in also.items() if not p.requires_grad]
+        config |= {"also_trained": list(also)}
+        config |= {"frozen_again": frozen} if frozen else {}
     config = json.dumps(config, indent=2, default=os.fspath) + "\n"
     tensors = {
         name: tensor.to(dtype or tensor.dtype).contiguous()
         for name, tensor in trained_tensors(model).items()
     }
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            kind = "" if dtype is None else f", in {dtype}"
+            what = f"{name} holds something other than finite numbers{kind}"
+            raise ValueError(f"not saved to {folder}: {what}")
     tensors = foreign.in_bytes(tensors) if bits else tensors
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -385,6 +392,7 @@ def load_flamingo(folder_or_name: str | Path = "tiny", **kwargs) -> _Built:
     else:
         config, saved = foreign.read_folder(path, SIZES)
     needed, also = config.pop("backbones", {}), config.pop("also_trained", ())
+    frozen = config.pop("frozen_again", ())
     named = "size" in config or "lang_encoder_path" not in {**config, **kwargs}
     build = build_flamingo if named else create_model_and_transforms
     try:
@@ -392,9 +400,12 @@ def load_flamingo(folder_or_name: str | Path = "tiny", **kwargs) -> _Built:
         model = built[0]
         present = model.config.built_with["backbones"]
         foreign.check_backbones(needed, present, path)
-        for name, parameter in model.named_parameters():
-            if name in also:
-                parameter.requires_grad_(True)
+        also = {n: p for n, p in model.named_parameters() if n in also}
+        for parameter in also.values():
+            parameter.requires_grad_(True)
+        model.note_unfrozen()
+        for name, parameter in also.items():
+            parameter.requires_grad_(name not in frozen)
         wanted = trained_tensors(model)
         if is_file:
             saved = foreign.from_openflamingo(path, saved, model, wanted)

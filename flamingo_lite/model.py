@@ -27,6 +27,7 @@ __all__ = [
 
 import copy
 from functools import wraps
+from inspect import signature
 from threading import RLock, get_ident
 
 import torch
@@ -161,7 +162,8 @@ class _ThreeParts(nn.Module):
         eoc_token_id, media_token_id: ids of `<|endofchunk|>` and of `<image>`.
         vis_dim: d_img.
         cross_attn_every_n_layers: N puts cross-attention before layers N, 2N, …
-        gradient_checkpointing: recompute decoder layers in backward, to save memory.
+        gradient_checkpointing: compute the layers of Perceiver and language model again
+            in backward, to save memory.
         only_attend_immediate_media: False, tokens see all images before them.
         perceiver_kwargs, cross_attn_kwargs: for `PerceiverResampler` and
             `GatedCrossAttentionBlock`.
@@ -169,7 +171,10 @@ class _ThreeParts(nn.Module):
     Attributes:
         config: what transformers' tools ask of a model. `config.built_with` is a dict
             that says how to build it again, None if it was put together by hand.
+        also_trained: see `note_unfrozen`.
     """
+
+    also_trained = frozenset()
 
     def __init__(
         self,
@@ -191,6 +196,7 @@ class _ThreeParts(nn.Module):
         self.config = PretrainedConfig(hidden_size=self.lang_dim, built_with=None)
         self.vision_encoder = vision_encoder.visual
         self.perceiver = PerceiverResampler(dim=vis_dim, **(perceiver_kwargs or {}))
+        self.perceiver.gradient_checkpointing = gradient_checkpointing
         self.lang_encoder = lang_encoder
         self.lang_encoder.init_flamingo(
             media_token_id=media_token_id,
@@ -201,6 +207,21 @@ class _ThreeParts(nn.Module):
             **{"only_attend_immediate_media": only_attend_immediate_media}
             | (cross_attn_kwargs or {}),
         )
+
+    def note_unfrozen(self):
+        """Names of backbone parameters that are unfrozen, or were in a forward pass.
+
+        Somebody may have trained and frozen them again, and they must be saved.
+        """
+        lm = self.lang_encoder
+        usual = [*self.perceiver.parameters(), *lm.gated_cross_attn_layers.parameters()]
+        tables = lm.get_input_embeddings(), lm.get_output_embeddings()
+        usual += [table.weight for table in tables if table is not None]
+        known = set(map(id, usual))
+        for name, p in self.named_parameters():
+            if p.requires_grad and id(p) not in known:
+                self.also_trained |= {name}
+        return self.also_trained
 
     def train(self, mode=True):
         """Train mode for what is trained; the frozen parts stay in eval mode."""
@@ -223,6 +244,8 @@ class _PictureMemory(_ThreeParts):
     ):
         """Leave the latents of the pictures in every layer."""
         self._turns.last = get_ident()
+        if torch.is_grad_enabled():
+            self.note_unfrozen()
         if (vision_x is None) == (vision_features is None):
             given = "no pictures" if vision_x is None else "pictures given twice"
             raise ValueError(f"{given}: give vision_x or vision_features")
@@ -326,6 +349,44 @@ def check_options(lang_encoder, options):
         raise ValueError('cache_implementation="paged" does not go with pictures')
 
 
+def _check_mask(attention_mask, lang_x, n_past=0):
+    """Raise ValueError for a mask that is not (B, T_all): what is cached, too."""
+    B, T_txt = lang_x.shape
+    want = (B, n_past + T_txt)
+    if attention_mask is not None and tuple(attention_mask.shape) != want:
+        cached = f", {n_past} cached tokens and {T_txt} new ones" if n_past else ""
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)}, want {want}{cached}"
+        )
+
+
+def _positions(lang_encoder, attention_mask, T_txt):
+    """{"position_ids": (B, T_txt)}, which do not count padding, for those that do.
+
+    OPT leaves padding out by itself. Empty, too, without a mask, (B, T_all), or for a
+    language model that takes no positions.
+    """
+    if attention_mask is None or lang_encoder.config.model_type == "opt":
+        return {}
+    if "position_ids" not in signature(lang_encoder.forward).parameters:
+        return {}
+    places = attention_mask.long().cumsum(dim=1) - 1  # (B, T_all)
+    return {"position_ids": places.clamp(min=0)[:, -T_txt:]}
+
+
+def _copy_of_cache(cache, copies):
+    """A cache of its own, which may grow, with so many copies of each row.
+
+    No gradient reaches what it was made from.
+    """
+    kept = [t for layer in cache.layers for t in vars(layer).values()]
+    tensors = [t for t in kept if isinstance(t, torch.Tensor)]
+    own = copy.deepcopy(cache, {id(t): t.detach().clone() for t in tensors})
+    if copies > 1:
+        own.batch_repeat_interleave(copies)
+    return own
+
+
 def with_defaults(model, options):
     """Options of `generate`, with ours for those that nobody has said.
 
@@ -366,7 +427,9 @@ class Flamingo(_PicturesThatStay):
         Args:
             vision_x: (B, T_img, F, 3, H, W) pixels, or None after `cache_media`.
             lang_x: (B, T_txt) token ids.
-            attention_mask, labels: (B, T_txt), 0 at padding; -100 where no loss is.
+            attention_mask: (B, T_txt), 0 at padding. With a cache (B, T_all), of the
+                text in `past_key_values`, then of `lang_x`.
+            labels: (B, T_txt), -100 where no loss is.
             clear_conditioned_layers: forget the pictures afterwards.
             past_key_values, use_cache: the language model's cache, which grows, as in
                 transformers; `generate` works on a copy.
@@ -377,11 +440,15 @@ class Flamingo(_PicturesThatStay):
                 right. Then a GPU is not asked for its numbers, and never waits.
 
         Returns: the language model's output, `logits` (B, T_txt, vocab), maybe `loss`.
+
+        Raises: ValueError, pictures or a mask that do not go with the text.
         """
         lm, pictures = self.lang_encoder, (vision_x, vision_features)
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        n_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if n_past > 0:
             self._turns.check_who_left()  # where `<image>` stood is still in the layers
         try:
+            _check_mask(attention_mask, lang_x, n_past)
             locations = lm._locate_media(lang_x, past_key_values)  # (B, T_all)
             if not lm._use_cached_vision_x:
                 self._encode_vision_x(*pictures, locations, spare_pictures, checked)
@@ -398,6 +465,7 @@ class Flamingo(_PicturesThatStay):
                 labels=labels,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
+                **_positions(lm, attention_mask, lang_x.shape[1]),
             )
         finally:
             if clear_conditioned_layers:
@@ -423,18 +491,21 @@ class Flamingo(_PicturesThatStay):
 
         Returns: (B * num_return_sequences, T_txt + new) ids, the prompt first.
 
-        Raises: ValueError, pictures are cached, or an option of NOT_WITH_PICTURES.
+        Raises: ValueError, pictures are cached, an option of NOT_WITH_PICTURES, or
+            pictures or a mask that do not go with the text.
         """
         lm = self.lang_encoder
         if lm._use_cached_vision_x:
             raise ValueError("pictures are cached: call uncache_media first")
         check_options(lm, kwargs)
+        _check_mask(attention_mask, lang_x)
         how_many = ("num_beams", "num_return_sequences")
         copies = max(asked_for(lm, kwargs, name) or 1 for name in how_many)
         kwargs = with_defaults(self, kwargs)
         writes_image = self.media_token_id not in (kwargs["suppress_tokens"] or ())
         if kwargs.get("past_key_values") is not None:  # the caller's: it would grow
-            kwargs["past_key_values"] = copy.deepcopy(kwargs["past_key_values"])
+            past = _copy_of_cache(kwargs["past_key_values"], copies)
+            kwargs["past_key_values"] = past
         try:
             locations = lang_x == self.media_token_id  # (B, T_txt)
             self._encode_vision_x(vision_x, vision_features, locations, writes_image)

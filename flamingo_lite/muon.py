@@ -59,6 +59,8 @@ class Muon(torch.optim.Optimizer):
                 update = self._update(p.grad, state["momentum"], group["momentum"])
                 length = -group["lr"] * 0.2 * max(update.shape[-2:]) ** 0.5
                 kept = 1 - group["lr"] * group["weight_decay"]
+                most = torch.finfo(p.dtype).max  # beyond it is an error of PyTorch's
+                length, kept = max(length, -most), max(kept, -most)
                 update = update.reshape(p.shape)
                 if self.found_inf is None:
                     p.mul_(kept).add_(update, alpha=length)

@@ -20,6 +20,7 @@ __all__ = [
 import torch
 from einops import rearrange, repeat
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def FeedForward(dim, mult=4):
@@ -100,6 +101,13 @@ def _first_rows(table, size, what):
     return table[:size]
 
 
+def _read_once(layer, tokens, latents):
+    """One layer of the Resampler: (B, T_img, n, d) latents in and out."""
+    attention, feed_forward = layer
+    latents = attention(tokens, latents) + latents  # (B, T_img, n, d)
+    return feed_forward(latents) + latents  # (B, T_img, n, d)
+
+
 class PerceiverResampler(nn.Module):
     """Turn F * v visual tokens per image into n latents per image (Flamingo, 2.1).
 
@@ -111,7 +119,12 @@ class PerceiverResampler(nn.Module):
         max_num_media: give image 1, 2, … of a sequence its own learned embedding.
         max_num_frames: give frame 1, 2, … of an image its own learned embedding.
         ff_mult: see `FeedForward`.
+
+    Attributes:
+        gradient_checkpointing: compute layers again in backward, to save memory.
     """
+
+    gradient_checkpointing = False
 
     def __init__(
         self,
@@ -153,7 +166,11 @@ class PerceiverResampler(nn.Module):
         if self.media_time_embs is not None:  # + (T_img, 1, d)
             tokens = tokens + _first_rows(self.media_time_embs, T_img, "images")
         latents = repeat(self.latents, "n d -> B T_img n d", B=B, T_img=T_img)
-        for attention, feed_forward in self.layers:
-            latents = attention(tokens, latents) + latents  # (B, T_img, n, d)
-            latents = feed_forward(latents) + latents  # (B, T_img, n, d)
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        for layer in self.layers:
+            step = layer, tokens, latents
+            if again:
+                latents = checkpoint(_read_once, *step, use_reentrant=False)
+            else:
+                latents = _read_once(*step)  # (B, T_img, n, d)
         return self.norm(latents)

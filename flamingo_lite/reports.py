@@ -13,12 +13,14 @@ __all__ = [
     "bootstrap_interval",
 ]
 
+import re
 import sys
 
 import numpy as np
 import torch
 
 from flamingo_lite.batches import check_examples, make_batch
+from flamingo_lite.checkpoints import random_states, set_random_states
 from flamingo_lite.loss import IGNORE, loss_at_labels
 from flamingo_lite.together import Together
 
@@ -81,20 +83,21 @@ def validation_losses(
     Returns:
         dict, "true" and "shuffled", per labelled token. The model is in train mode.
     """
+    device, losses = precision.device, {}
+    before = random_states(device)
     features, texts, *sequences = validation
     longest = max(map(len, sequences[0])) if sequences and sequences[0] else 1
     n_rows = max(1, batch_size // longest)
     beside = {"true": features, "shuffled": _OtherPicture(features)}
-    device, losses = precision.device, {}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model.eval()
-        for name, mine in beside.items():
-            data = tokenizer, mine, texts, n_rows, *sequences
-            with precision.autocast():
-                some = _summed_losses(model, *data, together=together)
-            total, count = (part.sum().item() for part in some)
-            losses[name] = total / count
-        model.train()
+    model.eval()
+    for name, mine in beside.items():
+        data = tokenizer, mine, texts, n_rows, *sequences
+        with precision.autocast():
+            some = _summed_losses(model, *data, together=together)
+        total, count = (part.sum().item() for part in some)
+        losses[name] = total / count
+    model.train()
+    set_random_states(before, device)  # pixels may be drawn by chance
     return losses
 
 
@@ -152,22 +155,27 @@ def caption_losses(model, tokenizer, features, texts, batch_size=100, sequences=
     return sums / counts
 
 
-def score_captions(captions, scenes):
+def score_captions(captions, scenes, known=()):
     """Compare captions with the truth.
 
     Args:
         captions: list of strings.
         scenes: as many dicts with "text" and "things".
+        known: names of things beside those of the scenes. Whole names count, the
+            longest first: "a beach umbrella" names no umbrella, if both are known.
 
     Returns:
         dict of two lists of numbers, one for each scene: "exact", 0 or 1, and "things",
         the share of its things that the caption names.
     """
     exact, named = [], []
+    names = {*known, *(thing for scene in scenes for thing in scene["things"])}
+    longest_first = map(re.escape, sorted(names, key=len, reverse=True))
+    whole_name = re.compile(rf"(?<![\w-])(?:{'|'.join(longest_first)})(?![\w-])")
     for text, scene in zip(captions, scenes, strict=True):
-        words = f" {text} "
         exact.append(float(text == scene["text"]))
-        found = [f" {thing} " in words for thing in scene["things"]]
+        said = whole_name.findall(text)
+        found = [thing in said for thing in scene["things"]]
         named.append(sum(found) / len(found))
     return {"exact": exact, "things": named}
 

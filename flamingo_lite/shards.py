@@ -18,18 +18,20 @@ import sys
 import tarfile
 import warnings
 from collections import Counter
-from itertools import chain, islice
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext, group_by_keys
+from webdataset.tariterators import base_plus_ext
 
-from flamingo_lite.data import check_text, read_picture
+from flamingo_lite.data import check_text, read_picture, trim
 
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+_PICTURES += ("avif", "heic", "heif")  # if Pillow can read them
 
 
 def find_shards(shards):
@@ -61,41 +63,59 @@ def find_shards(shards):
     return paths
 
 
-def _files(path):
-    """The files of an archive, as webdataset wants them: dicts."""
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            if member.isreg():
-                data = archive.extractfile(member).read()
-                yield {"fname": member.name, "data": data, "__url__": path}
-        archive.fileobj.seek(archive.offset)
-        block = archive.fileobj.read(512)
-        if len(block) < 512 or any(block):
-            raise tarfile.ReadError("there is no end of the archive")
+def _members(path):
+    """(key, kind, bytes) of the files of a shard; where it is damaged, an error.
+
+    That has the key and the kind of the file that is cut. Between two files, it has the
+    key of the one before, and no kind.
+    """
+    key = kind = None
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                start, ending = base_plus_ext(member.name)
+                if member.isreg() and start is not None:  # no folder, no README
+                    key, kind = start, ending.lower()
+                    yield key, kind, archive.extractfile(member).read()
+                    kind = None
+            archive.fileobj.seek(archive.offset)
+            block = archive.fileobj.read(512)
+            if len(block) < 512 or any(block):
+                raise tarfile.ReadError("there is no end of the archive")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        yield key, kind, error
+
+
+def _is_whole(sample, kinds):
+    """Has the last sample before a cut what those before it have?"""
+    text = "txt" if "txt" in kinds else "json"
+    return text in sample and any(kind in sample for kind in _PICTURES)
 
 
 def _samples(path):
     """What a shard has for each key, {"__key__", "jpg", "txt", …}; or a ValueError."""
-    seen, twice, key = set(), {}, "its start"
-
-    def split(name):  # a key, and the kind of a member
-        if name in seen:
-            twice[base_plus_ext(name)[0]] = f"{path}, {name} stands there twice"
-        seen.add(name)
-        return base_plus_ext(name)
-
-    def go_on(error):  # of a member that a key has already
-        return True
-
-    try:
-        for sample in group_by_keys(_files(path), keys=split, handler=go_on):
-            key = sample["__key__"]
-            yield ValueError(twice[key]) if key in twice else sample
-        if not seen:
-            yield ValueError(f"{path}: there is nothing in it")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        problem = f"is cut off or damaged after {key}: {error}; copy it again"
-        yield ValueError(f"{path} {problem}")
+    seen, kinds, last = set(), set(), "its start"
+    for key, members in groupby(_members(path), itemgetter(0)):
+        sample, twice, cut = {"__key__": key}, None, None
+        for _, kind, content in members:
+            if isinstance(content, Exception):
+                cut = kind, content
+            elif (key, kind) in seen:
+                twice = f"{path}, {key}.{kind} stands there twice"
+            seen.add((key, kind))
+            sample[kind] = content
+        kinds |= sample.keys()
+        if twice:
+            yield ValueError(twice)
+        elif cut is None or (cut[0] is None and _is_whole(sample, kinds)):
+            sample.pop(None, None)
+            last = key
+            yield sample
+        if cut:
+            problem = f"is cut off or damaged after {last}: {cut[1]}; copy it again"
+            yield ValueError(f"{path} {problem}")
+    if not seen:
+        yield ValueError(f"{path}: there is nothing in it with an ending, as .jpg")
 
 
 def _counted(path):
@@ -112,7 +132,7 @@ def _text(sample, where):
     """The caption of a sample, or the list of them; ValueError names `where`."""
     try:
         if "txt" in sample:
-            text = sample["txt"].decode().strip()
+            text = sample["txt"].decode()
         else:
             text = json.loads(sample.get("json", "null"))
     except (ValueError, RecursionError) as error:
@@ -126,7 +146,7 @@ def _text(sample, where):
         )
     for one in text if isinstance(text, list) else [text]:
         check_text(one, where)
-    return text
+    return trim(text)
 
 
 def _kinds(sample):
@@ -141,7 +161,8 @@ def _row(sample, shard, image_processor, least):
     if kind is None:
         raise ValueError(
             f"{where}: no picture: want one of {', '.join(_PICTURES)}; there are "
-            f"{_kinds(sample)} (a key ends at the first dot of a name)"
+            f"{_kinds(sample)} (a key ends at the first dot of a name, and a file "
+            "without an ending is passed over)"
         )
     row = {"key": sample["__key__"], "text": _text(sample, where)}
     picture = read_picture(f"{where}.{kind}", least, sample[kind])
@@ -212,8 +233,9 @@ def read_shards(
         any more. To go on, hand the last row's to `done`: what had begun is read again.
 
     Raises:
-        FileNotFoundError, ValueError: see `find_shards`; or a picture or a text cannot
-            be used, and its shard and key are named.
+        FileNotFoundError, ValueError: see `find_shards`; there are fewer shards than
+            processes; or a picture or a text cannot be used, and its shard and key are
+            named.
     """
     paths = find_shards(shards)
     if strange := set(done) - set(paths):
@@ -221,6 +243,11 @@ def read_shards(
     if buffer < 1 or not 0 <= process < n_processes:
         numbers = f"buffer {buffer}, process {process} of {n_processes}"
         raise ValueError(f"want buffer >= 1, and process < n_processes: {numbers}")
+    if len(paths) < n_processes:
+        raise ValueError(
+            f"{len(paths)} shards for {n_processes} processes, and a shard is read by "
+            "one: write more of them, which are smaller"
+        )
     lot = None if seed is None else f"{seed} {epoch}"
     if lot is not None:
         random.Random(lot).shuffle(paths)

@@ -90,7 +90,7 @@ def how_many(number, thing):
 
 
 def made_up(rng):
-    """A word that can be said and is meant to name nothing: 'wug', 'toma', …"""
+    """A word that can be said: 'wug', 'toma', … By lot it may be a name, like 'dog'."""
     consonants, vowels = list("bdfgklmnprstvwz"), list("aeiou")
     word = rng.choice(consonants) + rng.choice(vowels) + rng.choice(consonants)
     if rng.random() < 0.5:

@@ -140,6 +140,13 @@ class Together:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(self._runs)
 
+    def of_all(self, thing):
+        """What each process has in its place: list."""
+        things = [thing] * self.n
+        if self.n > 1:
+            torch.distributed.all_gather_object(things, thing)
+        return things
+
     def wait(self):
         """For all the others."""
         if self.n > 1:

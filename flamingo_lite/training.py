@@ -10,9 +10,11 @@ __all__ = [
 import contextlib
 import functools
 import math
+import os
 import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,9 +26,10 @@ from flamingo_lite.checkpoints import (
     random_states,
     run_settings,
     save_checkpoint,
+    set_random_states,
     trained_rows,
 )
-from flamingo_lite.data import check_texts
+from flamingo_lite.data import check_texts, held_picture
 from flamingo_lite.muon import Muon, orthogonalise
 from flamingo_lite.precision import Precision
 from flamingo_lite.reports import (
@@ -70,6 +73,13 @@ def _check_model(model, features):
     if len(features.shape) == 4 and features.shape[-1] != model.vis_dim:
         widths = f"width {features.shape[-1]}, the model reads {model.vis_dim}"
         raise ValueError(f"features are of another vision encoder: {widths}")
+    tower = model.vision_encoder.parameters()
+    if len(features.shape) == 4 and any(p.requires_grad for p in tower):
+        raise ValueError(
+            "the vision encoder is unfrozen, but features were made before and it would"
+            " not learn: give train pixels, PixelSource(pictures, image_processor), or"
+            " freeze it, model.vision_encoder.requires_grad_(False)"
+        )
     for kind in {p.device.type for p in model.parameters()}:
         if torch.is_autocast_enabled(kind):
             raise RuntimeError(
@@ -107,6 +117,29 @@ def _check_validation(validation, features, tokenizer):
     except ValueError as error:
         raise ValueError(f"validation: {error}") from error
     return mine, texts, sequences
+
+
+def _pictures_of(features, texts, sequences=None):
+    """What the pictures that are read are called: hashes or paths, if they have any."""
+    pictures = getattr(features, "pictures", ())  # of a PixelSource
+    pictures = pictures if isinstance(pictures, (list, tuple)) else ()
+    named = [held_picture(one, f"pictures[{n}]") for n, one in enumerate(pictures)]
+    named = [isinstance(p, (str, os.PathLike)) and os.path.abspath(p) for p in named]
+    named = getattr(features, "hashes", named)  # of a FeatureCache
+    if named and sequences is not None:
+        named = [named[number] for sequence in sequences for number in sequence]
+    return set(named) - {False}
+
+
+def _warn_of_overlap(training, validation):
+    """Warn, once, of pictures that are validated and trained on."""
+    mine = _pictures_of(*validation)
+    if both := len(mine & _pictures_of(*training)):
+        warnings.warn(
+            f"validation: {both} of its {len(mine)} pictures are trained on, too; their"
+            " losses say nothing of new pictures",
+            stacklevel=3,
+        )
 
 
 def _say_nothing(line):
@@ -190,7 +223,7 @@ def _takes_muon(with_muon, model, together):
     return with_muon
 
 
-def _start(checkpoint, model, optimizers, settings, precision, report):
+def _start(checkpoint, model, optimizers, settings, precision, report, process):
     """Where to begin, (steps done, history): at nothing, or at a checkpoint.
 
     Raises:
@@ -203,7 +236,8 @@ def _start(checkpoint, model, optimizers, settings, precision, report):
         raise FileNotFoundError(f"no folder {folder} to write checkpoints to")
     if not Path(checkpoint).exists():
         return 0, []
-    first, history = load_checkpoint(checkpoint, model, optimizers, settings, precision)
+    data = model, optimizers, settings, precision, process
+    first, history = load_checkpoint(checkpoint, *data)
     report(f"going on from step {first} of {settings['n_steps']}, {checkpoint}")
     return first, history
 
@@ -266,6 +300,8 @@ class _Run:
                     report(progress_line(numbers, n_steps))
                     if log is not None:
                         log(numbers)
+                    # A run that goes on from a checkpoint has not drawn what they drew.
+                    set_random_states(self.random, self.device)
                 if checkpoint and is_checkpoint(done, n_steps, report_every):
                     self.save(checkpoint)
 
@@ -322,10 +358,12 @@ class _Run:
         self.read()
         self.together.wait()
         model, optimizers = self.together.gather(with_averages=True)
+        random, *others = self.together.of_all(self.random)
         if not self.together.is_first:
             return
+        random = random | ({"others": others} if others else {})
         state = {"step": self.done, "history": self.notes.history}
-        state |= {"settings": self.settings, "random": self.random}
+        state |= {"settings": self.settings, "random": random}
         state["precision"] = self.precision.state_dict()
         save_checkpoint(checkpoint, model, optimizers, **state)
 
@@ -393,11 +431,13 @@ def train(
             tokens, so that a step is that of one batch, so many times larger.
         warmup: steps until the rates are at their peak.
         validation: (features, texts), or (features, texts, sequences), that are not
-            trained on: their loss is measured at each report.
+            trained on (of those that are, as far as pictures have names, a warning
+            tells the number): their loss is measured at each report.
         log: called at each report with a dict of numbers: step, loss (mean since the
             last report), pictures_per_second, seconds_left, memory (the most bytes in
             use so far), skipped (steps that float16 left out); with `validation`, true
-            and shuffled, its losses beside its own and beside exchanged pictures.
+            and shuffled, its losses beside its own and beside exchanged pictures. What
+            it draws by chance is the same each time and does not touch the run's lots.
         accelerator: an `accelerate.Accelerator`, if several processes train together
             (DDP or FSDP2): each calls `train` with the same arguments and takes its
             part of each step. The numbers are those of one process, and the first one
@@ -408,7 +448,8 @@ def train(
 
     Raises:
         ValueError: pictures, texts and sequences do not fit each other or the model, a
-            text cannot be used, or a checkpoint does not fit: before the first step.
+            text cannot be used, a checkpoint does not fit, or a vision encoder that is
+            unfrozen is given features, not pixels: before the first step.
         NotFinite, a ValueError: a loss or a gradient is infinite or no number. The step
             is not taken, and the last checkpoint stays. On a GPU it is noticed at the
             next report, and no step after it was taken either.
@@ -417,6 +458,8 @@ def train(
         KeyboardInterrupt: after the step under way, and after a checkpoint of it.
     """
     model.eval()
+    device = next(model.parameters()).device
+    drawn = random_states(device)
     texts, sequences = check_examples(features, texts, sequences)
     counts = {"n_steps": (n_steps, 0), "batch_size": (batch_size, 1)}
     counts |= {"report_every": (report_every, 0), "seed": (seed, 0)}
@@ -426,7 +469,11 @@ def train(
     check_texts(texts, tokenizer, sequences is not None)
     if validation is not None:
         validation = _check_validation(validation, features, tokenizer)
+    set_random_states(drawn, device)  # a look at pixels may have drawn lots
+    model.note_unfrozen()
     together = join(accelerator, model)
+    if validation is not None and together.is_first:
+        _warn_of_overlap((features, texts, sequences), validation)
     with_muon = _takes_muon(with_muon, model, together)
     settings = run_settings(
         *(features, texts, n_steps, batch_size, lr, gate_factor, with_muon, seed),
@@ -437,7 +484,8 @@ def train(
     if not together.is_first:
         report, log = _say_nothing, None
     precision, optimizers = Precision(precision, together.device), make(model)
-    first, history = _start(checkpoint, model, optimizers, settings, precision, report)
+    start = model, optimizers, settings, precision, report, together.number
+    first, history = _start(checkpoint, *start)
     optimizers = together.share(optimizers, make)
     data = tokenizer, features, texts, sequences
     examples = Examples(*data, batch_size, accumulate, seed)

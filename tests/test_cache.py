@@ -7,7 +7,6 @@ Whoever must die does so by SIGKILL, in a process of its own.
 import ctypes
 import errno
 import gc
-import inspect
 import multiprocessing
 import os
 import pickle
@@ -34,7 +33,9 @@ from flamingo_lite import (
     cache_features,
     cache_settings,
     caption,
+    check_examples,
     check_pictures,
+    check_texts,
     collate,
     encode_pictures,
     load_captions,
@@ -46,6 +47,7 @@ from flamingo_lite import (
     score_candidates,
     train,
 )
+from flamingo_lite.batches import Examples
 
 posix = pytest.mark.skipif(os.name != "posix", reason="no SIGKILL here")
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +158,83 @@ def test_workers_change_nothing_but_the_time(paths, tmp_path, workers):
     drawn = torch.rand(1)
     torch.manual_seed(4)
     assert torch.equal(drawn, torch.rand(1))  # no random number was taken
+
+
+class Handle:
+    """Pictures, opened when they are asked for, of a file that is open already."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, number):
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return Image.open(self.file)
+
+    def __iter__(self):
+        return (self[number] for number in range(len(self)))
+
+
+OPEN = {
+    "one picture": lambda file: [Image.open(file)] * 20,
+    "one file": lambda file: [Image.open(file) for _ in range(20)],
+    "rows": lambda file: [{"image": Image.open(file)} for _ in range(20)],
+    "iterator": lambda file: (Image.open(file) for _ in range(20)),
+    "by number": Handle,
+    "mixed": lambda file: [Image.open(file if i % 2 else file.name) for i in range(20)],
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+@pytest.mark.parametrize("form", OPEN)
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG"])
+def test_open_pictures_are_not_read_by_several_processes(tmp_path, form, kind):
+    """They have one place in the file together: each would read where another left."""
+    one, more = picture(0, (500, 400)), {}
+    if kind == "MPO":  # two pictures in a file, of which Pillow reads on in silence
+        more = {"save_all": True, "append_images": [picture(1, (500, 400))]}
+    one.save(tmp_path / "one", kind, **more)
+    alone = wanted([Image.open(tmp_path / "one")])
+    with open(tmp_path / "one", "rb") as file:
+        features = keep(tmp_path / "f", OPEN[form](file), workers=2)
+    assert torch.equal(features[:], alone.expand(20, -1, -1, -1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_workers_read_what_they_open_themselves(paths, tmp_path, monkeypatch):
+    """Of a data set that opens files when it is asked, nothing comes back."""
+    read, real = [], cache._Reading.read
+
+    def note(self, item, where):
+        read.append(where)  # a worker's list is its own
+        return real(self, item, where)
+
+    monkeypatch.setattr(cache._Reading, "read", note)
+    features = keep(tmp_path / "f", Columns(paths), workers=2)
+    assert read == [] and torch.equal(features[:], wanted(paths))
+    some = [paths[0], Image.open(paths[1]), *paths[2:]]
+    keep(tmp_path / "g", some, workers=2)
+    assert read == ["pictures[1]"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_workers_ask_for_a_picture_once(paths, tmp_path):
+    """A data set may decode it each time."""
+    asked = tmp_path / "asked"
+
+    class Decoding(Columns):
+        def __getitem__(self, number):
+            with asked.open("a") as file:
+                file.write(f"{number}\n")
+            return super().__getitem__(number)["image"].convert("RGB")
+
+    features = keep(tmp_path / "f", Decoding(paths), workers=2)
+    assert torch.equal(features[:], wanted(paths))
+    numbers = sorted(map(int, asked.read_text().split()))
+    assert numbers == [0, *range(len(paths))]  # the first one is looked at before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
@@ -582,6 +661,11 @@ def test_features_that_are_too_large_are_named(tmp_path, paths):
     with pytest.raises(ValueError, match=r"pictures\[2\]: .*1e\+06.*take dtype"):
         keep(tmp_path / "f", white, Loud())
     assert keep(tmp_path / "f", black, Loud()).shape[0] == 2
+    white[2].save(tmp_path / "loud.png")
+    for loud in (tmp_path / "loud.png", Image.open(tmp_path / "loud.png")):
+        for encode in (keep, lambda _, *data: wanted(*data)):
+            with pytest.raises(ValueError, match=r"pictures\[2\] \(.*loud\.png\): "):
+                encode(tmp_path / "f", [*white[:2], loud], Loud())
 
 
 # ------------------------------------------------------------------ disk and damage
@@ -643,9 +727,10 @@ def test_damage_is_found_and_named(tmp_path, paths, settled):
     data.write_bytes(spoilt)
     damaged = FeatureCache(features.folder, features.hashes)
     assert torch.equal(damaged[[4, 6]], wanted(paths)[[4, 6]])
-    with pytest.raises(ValueError, match=r"features\.bin: .*pictures\[5\] are damaged"):
+    with pytest.raises(ValueError, match=r"features\.bin: .*pictures\[5\] "):
         damaged[[4, 5]]
-    with pytest.raises(ValueError, match=r"pictures\[5\] are damaged; delete its fol"):
+    said = r"pictures\[5\] \(.*05\.png\) are damaged; delete its folder"
+    with pytest.raises(ValueError, match=said):
         damaged[[5]]  # and again
     data.write_bytes(whole[:-1])
     for act in (lambda: keep(tmp_path / "f", paths), lambda: features.select([0])):
@@ -830,25 +915,28 @@ def test_batches_from_it(flamingo):
     )
 
 
-TAKES_IT = "log" in inspect.signature(train).parameters  # since then `train` asks less
-
-
-@pytest.mark.skipif(not TAKES_IT, reason="this `train` takes tensors only")
 def test_training_from_it(flamingo, make_model, paths, tmp_path):
-    """The same weights as from a tensor, and nearly so from pixels."""
+    """The same weights as from a tensor, and nearly so from pixels; of others not."""
     _, image_processor, tokenizer, there, tensor = flamingo
     texts = [f"picture {i}" for i in range(20)]
     texts[3] = ["three", "drei"]
-    ends = []
-    for features in (there, tensor, PixelSource(paths, image_processor)):
-        model = make_model(seed=1)[0]
+    ends, losses = [], []
+    pixels, others = (
+        PixelSource(some, image_processor) for some in (paths, paths[::-1])
+    )
+    for features in (there, tensor, pixels, others):
+        model = make_model(seed=1, gates=1.0)[0]
         settings = {"n_steps": 6, "batch_size": 4, "report_every": 3}
         settings |= {"report": str, "checkpoint": tmp_path / f"{len(ends)}.pt"}
-        train(model, tokenizer, features, texts, **settings)
+        history = train(model, tokenizer, features, texts, **settings)
         ends.append(model.state_dict())
+        losses.append([note["loss"] for note in history])
     for name, weights in ends[0].items():
         assert torch.equal(weights, ends[1][name]), name
         torch.testing.assert_close(weights, ends[2][name], atol=2e-2, rtol=2e-2)
+    assert losses[0] == losses[1]
+    near, far = (np.abs(np.subtract(own, losses[0])).max() for own in losses[2:])
+    assert near < 1e-3 < far, (near, far)
 
 
 def test_captions_and_few_shot_from_it(flamingo):
@@ -961,6 +1049,90 @@ def test_pixels_name_what_cannot_be_read(paths, tmp_path):
         source[[21]]
     with pytest.raises(ValueError, match="there are no pictures"):
         PixelSource([], processor)
+
+
+def test_pixels_and_features_know_their_files(paths, tmp_path, settled, monkeypatch):
+    """By their whole paths; what came from no file has none."""
+    monkeypatch.chdir(paths[0].parent)
+    given = [paths[0], "01.png", {"path": paths[2]}, Image.open("03.png"), picture(9)]
+    whole = [str(path) for path in paths[:4]] + [None]
+    assert PixelSource(given, processor).files == whole
+    assert PixelSource(Columns(paths), processor).files == [None] * 20
+    features = keep(tmp_path / "f", given[:3])
+    assert features.files == whole[:3] and features.select([2]).files == whole[2:3]
+    assert keep(tmp_path / "f", given).files == [*whole[:3], None, None]
+
+
+@pytest.mark.parametrize("of", ["files", "memory"])
+def test_a_bad_step_names_the_files_of_its_pictures(flamingo, paths, of):
+    pixels = PixelSource(paths[:4], processor)
+    pixels = pixels if of == "files" else pixels[:]
+    texts = [f"a {n}" for n in range(4)]
+    said = Examples(flamingo[2], pixels, texts, None, 4, 1, 0).suspects(0)
+    assert "with the texts" in said
+    assert sum(str(path) in said for path in paths) == (3 if of == "files" else 0)
+
+
+class Column:
+    """As a pandas.Series after `sample` or a filter: asked by label, not by place."""
+
+    def __init__(self, values, labels):
+        self.by_label, self.iloc = dict(zip(labels, values, strict=True)), None
+
+    def __len__(self):
+        return len(self.by_label)
+
+    def __iter__(self):
+        return iter(self.by_label.values())
+
+    def __getitem__(self, label):
+        return self.by_label[label]
+
+
+class Table(Column):
+    """As a pandas.DataFrame: it iterates over the names of its columns."""
+
+    columns = ("path", "text")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def to_dict(self, orient):
+        assert orient == "records"
+        return list(self.by_label.values())
+
+
+@pytest.mark.parametrize("kind", ["column", "table"])
+@pytest.mark.parametrize("labels", [range(19, -1, -1), range(100, 120)])
+def test_pandas_is_read_by_place(paths, tmp_path, kind, labels):
+    """After a shuffle, or with labels that are no places."""
+    rows = [{"path": path, "text": path.stem} for path in paths]
+    given = Column(paths, labels) if kind == "column" else Table(rows, labels)
+    features = wanted(paths)
+    assert torch.equal(wanted(given), features)
+    assert torch.equal(keep(tmp_path / "f", given)[:], features)
+    assert torch.equal(
+        PixelSource(given, processor)[:], PixelSource(paths, processor)[:]
+    )
+
+
+def test_texts_of_pandas_stay_beside_their_pictures(flamingo, paths):
+    tokenizer = flamingo[2]
+    texts = [f"a {n}" for n in range(20)]
+    column = Column(texts, range(19, -1, -1))
+    features = wanted(paths)
+    rows, device = [3, 7], torch.device("cpu")
+    batch = make_batch(rows, features, column, tokenizer, device)
+    by_hand = make_batch(rows, features, texts, tokenizer, device)
+    assert torch.equal(batch["lang_x"], by_hand["lang_x"])
+    assert check_examples(features, column)[0] == texts
+    check_texts(column, tokenizer)
+    table = Table([{"text": text} for text in texts], range(20))
+    with pytest.raises(ValueError, match=r"texts\[0\] .*'a 0'.* not a text"):
+        check_texts(check_examples(features, table)[0], tokenizer)
+    some = Column(["a lemon", "very " * 500], [5, 6])
+    with pytest.raises(ValueError, match="row 0: .* tokens, but the model reads"):
+        collate([(features[:2], some)], tokenizer)
 
 
 def test_pixels_of_a_large_jpeg_are_decoded_as_wide_as_is_asked(tmp_path):

@@ -116,8 +116,9 @@ def test_a_seed_and_a_rate_reach_the_run(images, tmp_path, monkeypatch):
 
     monkeypatch.setattr(flamingo_lite.training, "train", note)
     words = ["train", "--images", images, "--out", tmp_path / "out", *STEPS]
-    assert run_command([*words, "--seed", 7, "--lr", "1e-4"]) == 0
+    assert run_command([*words, "--seed", 7, "--lr", "1e-4", "--accumulate", 2]) == 0
     assert (asked[0]["seed"], asked[0]["lr"]) == (7, 1e-4)
+    assert (asked[0]["batch_size"], asked[0]["accumulate"]) == (3, 2)
 
 
 def test_caption_prints_a_line_for_each_picture(command):
@@ -364,6 +365,10 @@ MISTAKES = (
 ).split(",")
 
 
+def test_every_mistake_is_tried(images, tmp_path):
+    assert sorted(MISTAKES) == sorted(mistakes(images, tmp_path))
+
+
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_one_line(command, images, tmp_path, kind):
     words, named = mistakes(images, tmp_path)[kind]
@@ -385,6 +390,8 @@ def test_a_mistake_is_one_line(command, images, tmp_path, kind):
         ["train", "--images", "a", "--out", "b", "--steps", "many"],
         ["train", "--images", "a", "--out", "b", "--steps", "-1"],
         ["train", "--images", "a", "--out", "b", "--batch-size", 0],
+        ["train", "--images", "a", "--out", "b", "--accumulate", 0],
+        ["train", "--images", "a", "--out", "b", "--accumulate", "0.5"],
         ["train", "--images", "a", "--out", "b", "--lr=-0.001"],
         ["train", "--images", "a", "--out", "b", "--lr", "nan"],
         ["train", "--images", "a", "--out", "b", "--seed", "-1"],
@@ -436,6 +443,32 @@ def test_another_run_is_not_gone_on_with(command, images, trained):
     assert command(*words)[:2] == (0, f"{trained}: 5 steps, {_loss_of(trained)}\n")
 
 
+@pytest.mark.parametrize("left", ["the model", "a checkpoint before the last"])
+def test_a_finished_model_is_not_written_over(command, images, tmp_path, left):
+    """`--resume` without a checkpoint would start anew, at its place."""
+    out = tmp_path / "out"
+    out.mkdir()
+    names = ["flamingo.safetensors", "config.json", "last.pt.previous"]
+    names = names[:2] if left == "the model" else names[2:]
+    for name in names:
+        (out / name).write_text("dear")
+    words = ["train", "--images", images, "--out", out, *STEPS]
+    code, result, told = command(*words, "--resume")
+    assert (code, result) == (2, "")
+    assert "has no last.pt to go on from" in told and names[0] in told
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    assert all((out / name).read_text() == "dear" for name in names)
+
+
+def test_validating_on_what_is_trained_on_is_warned_of(command, images, tmp_path):
+    """Once, with the count; the same picture under another name, too."""
+    other = write_folder(tmp_path / "other", [*COLOURS[:2], "pink"])
+    words = ["train", "--images", images, "--out", tmp_path / "out", *STEPS]
+    with pytest.warns(UserWarning, match="2 of its 3 pictures are trained on") as told:
+        assert command(*words, "--validation", other)[0] == 0
+    assert len([w for w in told if "trained on" in str(w.message)]) == 1
+
+
 def _loss_of(folder):
     state = torch.load(folder / "last.pt", weights_only=True)
     losses = [note["loss"] for note in state["history"]]
@@ -466,4 +499,5 @@ def test_too_little_memory_is_said_with_what_to_change(
     monkeypatch.setattr(training, "training_step", too_little)
     words = ["train", "--images", images, "--out", tmp_path / "out", *STEPS]
     code, _, told = command(*words)
-    assert code == 2 and told.rstrip().endswith("try a smaller --batch-size")
+    way_out = "a smaller --batch-size and a larger --accumulate"
+    assert code == 2 and told.rstrip().endswith(way_out)

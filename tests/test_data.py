@@ -3,6 +3,8 @@
 import itertools
 import json
 import struct
+import sys
+import types
 import warnings
 import zlib
 from pathlib import Path
@@ -14,9 +16,11 @@ from conftest import D_IMG, ROOT, V
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.features import check as is_built_in
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import flamingo_lite.data as data
 from flamingo_lite import (
     check_text,
     collate,
@@ -25,6 +29,7 @@ from flamingo_lite import (
     is_held_out,
     load_captions,
     make_scenes,
+    merge_captions,
     read_picture,
     whole_text,
 )
@@ -81,6 +86,8 @@ BAD_ROWS = {
     "no text": {"file_name": "a.png"},
     "an empty text": row(text=""),
     "blanks as text": row(text=" \n\t"),
+    "marks as text": row(text="\ufeff\u200b \u2060"),
+    "marks as one of two texts": row(text=["a wall", "\u200d"]),
     "a number as text": row(text=7),
     "a special token in the text": row(text="a <image> in words"),
     "the other special token": row(text="the end<|endofchunk|>"),
@@ -89,7 +96,7 @@ BAD_ROWS = {
     "an empty picture": row("empty.png"),
     "the folder itself": row("."),
     "a path out of the folder": row("../secret.png"),
-    "an absolute path": row("/etc/hostname"),
+    "an absolute path": row("{outside}/secret.png"),  # a good picture
     "a link out of the folder": row("link.png"),
     "a NUL in the name": row("a\0.png"),
     "a very long name": row("a" * 5000),
@@ -102,6 +109,7 @@ def broken_folder(tmp_path):
     Image.new("RGB", (8, 6), RED).save(tmp_path / "secret.png")
 
     def write(bad):
+        bad = json.loads(json.dumps(bad).replace("{outside}", str(tmp_path)))
         folder = write_folder(
             tmp_path / "mine", [row(), bad, row("b.png")], ("a.png", "b.png")
         )
@@ -151,7 +159,27 @@ def test_a_link_inside_the_folder_is_fine(tmp_path):
 def test_captions_in_any_script_arrive_as_they_are(tmp_path, text):
     line = json.dumps(row(text=text), ensure_ascii=False)
     (loaded,) = load_captions(write_folder(tmp_path / "mine", [line]))
-    assert loaded["text"] == text
+    assert loaded["text"] == text.rstrip()
+
+
+MARKS = ["\ufeff", "\u200b", "\u200c", "\u200d", "\u2060", " ", "\n", "\r\n", "\u00a0"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_what_cannot_be_seen_at_the_ends_is_no_caption(tmp_path, mark):
+    """Each would be a token, which the model learns to write."""
+    texts = [f"a red{mark}wall", f"{mark}a red{mark}wall{mark} ", [f" a{mark}", "b"]]
+    folder = write_folder(tmp_path / "mine", [row(text=text) for text in texts])
+    rows = load_captions(folder)
+    assert [r["text"] for r in rows] == [texts[0], texts[0], ["a", "b"]]
+    merged = merge_captions(rows)
+    assert [r["text"] for r in merged] == [[texts[0], "a", "b"]]
+    (folder / "metadata.jsonl").unlink()
+    table = f'file_name,text\na.png,"{mark}a wall{mark}"\n'
+    (folder / "metadata.csv").write_text(table, encoding="utf-8", newline="")
+    assert [r["text"] for r in load_captions(folder)] == ["a wall"]
+    with pytest.raises(ValueError, match="row 9: the caption is empty"):
+        check_text(mark, "row 9")
 
 
 def test_a_listing_that_is_no_utf8_is_named(tmp_path):
@@ -294,6 +322,61 @@ def test_what_is_no_picture_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"strange\.png"):
         read_picture(path)
+
+
+def boxed(brand):
+    """The first bytes of a file of the ISO base format, as phones and cameras write."""
+    return b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1" + brand + bytes(200)
+
+
+PHONES = {
+    b"heic": "it is a HEIC photograph of a phone: pip install pillow-heif, or convert",
+    b"mif1": "it is a HEIC photograph of a phone: pip install pillow-heif, or convert",
+    b"avif": "it is an AVIF picture, which this Pillow cannot read: .*, or convert",
+    b"isom": "cannot identify image file",  # a film
+}
+
+
+@pytest.mark.parametrize("brand", PHONES)
+def test_a_phones_photograph_says_what_it_is(tmp_path, monkeypatch, brand):
+    """Also as bytes, under another ending, and in a listing."""
+    monkeypatch.setattr(data, "is_built_in", lambda name: False)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    path = tmp_path / "a.jpg"
+    folder = write_folder(tmp_path, [row("a.jpg")])
+    path.write_bytes(boxed(brand))
+    for content in (None, boxed(brand)):
+        with pytest.raises(ValueError, match=rf"a\.jpg: {PHONES[brand]}"):
+            read_picture(path, 64, content)
+    with pytest.raises(ValueError, match=rf"line 1: .*a\.jpg: {PHONES[brand]}"):
+        load_captions(folder)
+
+
+def test_a_phones_photograph_is_read_where_it_can_be(tmp_path, monkeypatch):
+    """As by pillow-heif, which has to be asked to make itself known to Pillow."""
+
+    def register():
+        def read(file, name):
+            return Image.new("RGB", (4, 3), RED)
+
+        Image.register_open("HEIF", read, lambda head: head[4:12] == b"ftypheic")
+
+    plugin = types.SimpleNamespace(register_heif_opener=register)
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    (tmp_path / "a.heic").write_bytes(boxed(b"heic"))
+    for content in (None, boxed(b"heic")):
+        picture = read_picture(tmp_path / "a.heic", content=content)
+        assert picture.size == (4, 3) and picture.getpixel((0, 0)) == RED
+
+
+@pytest.mark.skipif(not is_built_in("avif"), reason="this Pillow has no AVIF")
+def test_avif_is_read_where_pillow_can(tmp_path):
+    Image.new("RGBA", (16, 12), (0, 0, 0, 0)).save(tmp_path / "a.avif")
+    assert_colour(read_picture(tmp_path / "a.avif"), WHITE)
+    assert_colour(read_picture("b", content=(tmp_path / "a.avif").read_bytes()), WHITE)
 
 
 def test_a_picture_that_is_not_there_is_named(tmp_path):

@@ -44,7 +44,6 @@ from flamingo_lite import (
     show_maps,
     stream_caption,
     train,
-    training,
     training_step,
 )
 from flamingo_lite.loss import IGNORE
@@ -303,9 +302,6 @@ def test_the_optimizers_read_nothing_back(loaded, features, with_muon):
         assert not READS, READS
 
 
-@pytest.mark.skipif(
-    not hasattr(training, "read_batch"), reason="the loss is still read in each step"
-)
 def test_train_reads_only_at_a_report(loaded, features):
     """Twice as many steps between two reports read no more."""
     model, _, tokenizer = loaded

@@ -11,7 +11,16 @@ import open_clip
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_picture, random_features, random_pixels, tokenize
+from conftest import (
+    D_TXT,
+    ROOT,
+    make_picture,
+    opt_config,
+    random_features,
+    random_pixels,
+    save_language_model,
+    tokenize,
+)
 from PIL import Image
 from test_generation import ANSWERS, assert_clean, score_slowly
 from torch.testing import assert_close
@@ -25,6 +34,7 @@ from flamingo_lite import (
     load_captions,
     load_flamingo,
     make_prompt,
+    make_tasks,
     pixels_to_patches,
     read_picture,
     score_candidates,
@@ -379,6 +389,58 @@ def test_blanks_in_a_made_prompt():
     )
 
 
+MARKS = ("\ufeff", "\u200b", " \u2060", "\u200d\n", " ")
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_what_cannot_be_seen_is_no_token(small, pictures, mark):
+    """A blank or a byte order mark before a text, or a mark of no width at its ends."""
+    prompt, settings = "<image>this is", {"max_new_tokens": 5}
+    wanted = caption(*small, pictures, prompt, **settings)
+    assert caption(*small, pictures, f"{mark}{prompt}{mark}", **settings) == wanted
+    pieces = stream_caption(*small, pictures[0], f"{mark}{prompt}", **settings)
+    assert "".join(pieces).strip() == wanted[0]
+    assert make_prompt([f"{mark}a fox{mark}"], f"{mark}is") == make_prompt(
+        ["a fox"], "is"
+    )
+    ask = (*small, pictures[0])
+    wanted = score_candidates(*ask, "<image>", ANSWERS)
+    around = [f"{mark}{answer}{mark}" for answer in ANSWERS]
+    assert_close(score_candidates(*ask, f"{mark}<image>{mark}", around), wanted)
+    with pytest.raises(ValueError, match="candidate 1"):
+        score_candidates(*ask, "<image>", [mark])
+
+
+@pytest.mark.parametrize("mark", ":?.!,;")
+def test_an_answer_after_a_mark_begins_with_a_blank(small, mark):
+    """Glued to the colon, "yes" is a token that the model never saw there."""
+    model, _, tokenizer = small
+    features, prompt = random_features(1, 1)[0], f"<image>is it a dog{mark}"
+    ask, apart = (model, None, tokenizer, features), [f" {a}" for a in ANSWERS]
+    wanted = score_slowly(model, tokenizer, features, prompt, apart)
+    for before, answers in (
+        (prompt, ANSWERS),
+        (prompt, apart),
+        (f"{prompt} ", ANSWERS),
+        (f"{prompt} ", apart),
+    ):
+        scores = score_candidates(*ask, before, answers)
+        assert_close(scores, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_question_is_judged_as_it_is_answered(tiny):
+    """Yes or no, glued to the colon: 7 of 14 right, as if by lot."""
+    rows = [r for r in load_captions(ROOT / "data" / "emoji") if r["named"]]
+    tasks = make_tasks(rows, 14, 6, "is there")
+    pictures = [task["picture"] for task in tasks]
+    prompts = [f"<image>{task['given']}" for task in tasks]
+    written, words, chosen = caption(*tiny, pictures, prompts), ["yes", "no"], []
+    for picture, prompt in zip(pictures, prompts, strict=True):
+        scores = score_candidates(*tiny, picture, prompt, words)
+        chosen.append(words[scores.argmax()])
+    assert chosen == written
+
+
 # -------------------------------------------------------------------- scores
 
 
@@ -556,9 +618,15 @@ def tokens_of(small, *texts):
     return [small[2](text, add_special_tokens=False).input_ids for text in texts]
 
 
-def working(small, other):
-    """{name: options that hold it}, for one row without an end."""
-    (first, *_), (second, *_) = tokens_of(small, "a lemon", " above a tent")
+def working(small, other, greedy, text):
+    """{name: options that hold it}, of which each but a few changes the text.
+
+    Args:
+        other: a language model that may help.
+        greedy, text: what the first row is without any option: tokens, and words.
+    """
+    (_, lemon, *_), (tent, *_) = tokens_of(small, "a lemon", " above a tent")
+    first, second, early = greedy[0], greedy[3], {"eos_token_id": greedy[1]}
     eoc = small[0].eoc_token_id
     sample, beams = {"do_sample": True}, {"num_beams": 2}
     static = {"cache_implementation": "static"}
@@ -572,24 +640,27 @@ def working(small, other):
         "early_stopping": {**beams, "early_stopping": True},
         "length_penalty": {**beams, "length_penalty": -2.0},
         "max_length": {"max_length": 9},
-        "min_length": {"min_length": 8},
-        "min_new_tokens": {"min_new_tokens": 6},
+        "min_length": {**early, "min_length": 12},
+        "min_new_tokens": {**early, "min_new_tokens": 6},
         "max_time": {"max_time": 1e-9},
-        "stop_strings": {"stop_strings": "e"},
+        "stop_strings": {"stop_strings": text[len(text) // 2 :][:2]},
         "temperature": {**sample, "temperature": 0.01},
         "top_k": {**sample, "top_k": 1},
         "top_p": {**sample, "top_p": 0.01},
         "min_p": {**sample, "min_p": 0.99},
         "top_h": {**sample, "top_h": 0.1},
         "typical_p": {**sample, "typical_p": 0.2},
-        "epsilon_cutoff": {**sample, "epsilon_cutoff": 0.01},
-        "eta_cutoff": {**sample, "eta_cutoff": 0.01},
+        "epsilon_cutoff": {**sample, "epsilon_cutoff": 0.5},
+        "eta_cutoff": {**sample, "eta_cutoff": 0.99},
         "repetition_penalty": {"repetition_penalty": 5.0},
         "encoder_repetition_penalty": {"encoder_repetition_penalty": 5.0},
         "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
-        "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
+        "encoder_no_repeat_ngram_size": {
+            "encoder_no_repeat_ngram_size": 1,
+            "sequence_bias": {(lemon,): 99.0},  # which stands in the prompt
+        },
         "bad_words_ids": {"bad_words_ids": [[first]]},
-        "sequence_bias": {"sequence_bias": {(second,): 9.0}},
+        "sequence_bias": {"sequence_bias": {(tent,): 9.0}},
         "renormalize_logits": {"renormalize_logits": True},
         "forced_eos_token_id": {"forced_eos_token_id": eoc},
         "remove_invalid_values": {"remove_invalid_values": True},
@@ -609,7 +680,7 @@ def working(small, other):
             ]
         },
         "prefix_allowed_tokens_fn": {
-            "prefix_allowed_tokens_fn": lambda row, ids: [first, second, eoc]
+            "prefix_allowed_tokens_fn": lambda row, ids: [lemon, tent, eoc]
         },
         "streamer": {"streamer": Count([])},
         "synced_gpus": {"synced_gpus": False},
@@ -644,6 +715,9 @@ SAME_TEXT = """
     assistant_confidence_threshold prompt_lookup_num_tokens max_matching_ngram_size
     compile_config disable_compile temperature top_k top_p
 """.split()
+# What is the same without it. A lot that is certain is not; beams have one length here.
+ALIKE = {*SAME_TEXT, "early_stopping", "length_penalty"}
+ALIKE -= {"temperature", "top_k", "top_p"}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -652,26 +726,34 @@ def test_each_option_works(small, backbones, pictures, name):
     model, image_processor, tokenizer = small
     other = transformers.AutoModelForCausalLM.from_pretrained(backbones["opt"]).eval()
     other.resize_token_embeddings(model.lang_encoder.config.vocab_size)
-    options = working(small, other)[name]
     prompt = "<image>a lemon<|endofchunk|><image>this"
     images = [pictures[:2], pictures[1:]]
-    if name == "streamer":
-        images = images[:1]
+    ids, mask = tokenize(tokenizer, [prompt] * len(images))
+    pixels = torch.stack([torch.stack([image_processor(p) for p in r]) for r in images])
+    pixels = pixels[:, :, None]  # (B, T_img, F, 3, H, W)
+    plain = {"eos_token_id": None, "max_new_tokens": 7}
+    greedy = caption(*small, images, prompt, **plain)
+    tokens = model.generate(pixels, ids, mask, do_sample=False, **plain)
+    tokens = tokens[0, ids.shape[1] :].tolist()
+    options = working(small, other, tokens, greedy[0])[name]
+    if name in ("streamer", "stop_strings"):  # of one row
+        images, greedy = images[:1], greedy[:1]
+        pixels, ids, mask = pixels[:1], ids[:1], mask[:1]
     options = {"eos_token_id": None, **options}
     if name != "max_length":
         options["max_new_tokens"] = 7
     torch.manual_seed(0)
     said = caption(*small, images, prompt, **options)
-    greedy = caption(*small, images, prompt, eos_token_id=None, max_new_tokens=7)
     if name in SAME_TEXT:
         assert said == greedy
+    torch.manual_seed(0)
+    others = {n: value for n, value in options.items() if n != name}
+    without = caption(*small, images, prompt, **{"eos_token_id": None, **others})
+    assert said != without or name in ALIKE, "it does nothing here"
     torch.manual_seed(0)
     options = {**options, "tokenizer": tokenizer}
     one_by_one = options.pop("batch_size", None)
     options = {"do_sample": False, **options}
-    ids, mask = tokenize(tokenizer, [prompt] * len(images))
-    pixels = torch.stack([torch.stack([image_processor(p) for p in r]) for r in images])
-    pixels = pixels[:, :, None]  # (B, T_img, F, 3, H, W)
     wanted = []
     for i in range(len(images)) if one_by_one else [slice(None)]:
         row = slice(i, i + 1) if one_by_one else i
@@ -775,8 +857,8 @@ def test_generate_refuses_what_pictures_forbid(small, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         model.generate(None, ids, mask, **call, **options)
     if "negative_prompt_ids" not in options:
+        config = GenerationConfig(**options)  # which transformers itself allows
         with pytest.raises(ValueError, match=next(iter(options))):
-            config = GenerationConfig(**options)
             model.generate(None, ids, mask, **call, generation_config=config)
     assert torch.equal(model.generate(None, ids, mask, **call), wanted)
     off = {"guidance_scale": 1, "token_healing": False}
@@ -820,6 +902,161 @@ def test_a_stream_is_one_text(small, pictures, options):
         == (caption(*small, pictures[:1])[0])
     )
     assert_clean(small[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 100])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_a_row_that_has_stopped_says_no_more(small, pictures, batch_size, options):
+    """Without an end token it ran on as long as any other row of its batch."""
+    options = {**options, "eos_token_id": None, "max_new_tokens": 12}
+    longest = caption(*small, pictures, **options)
+    pieces = [longest[2][i : i + 4] for i in range(len(longest[2]))]
+    options["stop_strings"] = [next(p for p in pieces if p not in longest[0])]
+    alone = [caption(*small, [picture], **options)[0] for picture in pictures]
+    assert len(alone[2]) < len(longest[2])
+    assert caption(*small, pictures, batch_size=batch_size, **options) == alone
+
+
+def test_a_row_that_a_criterion_has_stopped_says_no_more(small, pictures):
+    """The same for criteria of one's own; how they look at a row is theirs."""
+    (lemon, *_), (tent, *_) = tokens_of(small, " lemon", " tent")
+    stop = {"stopping_criteria": [lambda ids, _: ids[:, -1] == lemon]}
+    stop |= {"eos_token_id": None, "max_new_tokens": 4}
+    words = {0: lemon, 1: tent}
+    stop["prefix_allowed_tokens_fn"] = lambda row, ids: [words[row]]
+    said = caption(*small, pictures[:2], **stop)
+    assert said == ["lemon", "tent tent tent tent"]
+
+
+@pytest.mark.parametrize("name", ["max_length", "min_length"])
+@pytest.mark.parametrize("how", ["argument", "configuration"])
+def test_a_length_that_counts_padding_is_refused(small, pictures, name, how):
+    """It allowed the row with the longer prompt fewer tokens of its own."""
+    options = {name: 12}
+    if how == "configuration":
+        options = {"generation_config": GenerationConfig(**options)}
+    prompts = ["<image>", "<image>a lemon above a"]
+    with pytest.raises(ValueError, match=f"{name} counts .* max_new_tokens"):
+        caption(*small, pictures[:2], prompts, **options)
+    alone = [
+        caption(*small, [picture], prompt, **options)[0]
+        for picture, prompt in zip(pictures, prompts, strict=False)
+    ]
+    assert caption(*small, pictures[:2], prompts, batch_size=1, **options) == alone
+    assert caption(*small, pictures[:2], prompts[1], **options)[1] == alone[1]
+    assert_clean(small[0])
+
+
+def test_a_length_that_does_not_count_is_no_reason(small, pictures, monkeypatch):
+    """New tokens go before it; also where only the model's own configuration has it."""
+    prompts, new = ["<image>", "<image>a lemon above a"], {"max_new_tokens": 5}
+    ask = (*small, pictures[:2], prompts)
+    wanted = caption(*ask, **new, min_new_tokens=5)
+    both = GenerationConfig(**new, min_new_tokens=5, max_length=12, min_length=9)
+    assert caption(*ask, generation_config=both) == wanted
+    for name, value in (("max_length", 12), ("min_length", 9)):
+        monkeypatch.setattr(small[0].lang_encoder.generation_config, name, value)
+    assert caption(*ask, **new, min_new_tokens=5) == wanted
+
+
+def left_out(small, mask):
+    """A cache of all but two tokens of a padded batch, and what goes on with it."""
+    model, _, tokenizer = small
+    ids, whole = tokenize(tokenizer, ["<image>a lemon", "<image>a lemon above a tent"])
+    features = {"vision_features": random_features(2, 1)}
+    kept = {"clear_conditioned_layers": False, "use_cache": True}
+    past = model(None, ids[:, :-2], whole[:, :-2], **features, **kept).past_key_values
+    mask = whole if mask == "whole" else whole[:, -2:]
+    out = model(None, ids[:, -2:], mask, past_key_values=past, **features)
+    return out.logits, model(None, ids, whole, **features).logits[:, -2:]
+
+
+def test_a_mask_is_of_the_cached_text_too(small):
+    """Of the new tokens alone, it gave a row with padding other logits."""
+    found, wanted = left_out(small, "whole")
+    assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"\(2, 2\), want \(2, \d+\), \d+ cached"):
+        left_out(small, "new")
+    assert_clean(small[0])
+    model, _, tokenizer = small
+    ids, mask = tokenize(tokenizer, ["<image>a lemon"])
+    features = {"vision_features": random_features(1, 1)}
+    for bad in (mask[:, -2:], mask[0], mask.expand(2, -1)):
+        with pytest.raises(ValueError, match="attention_mask is .* want"):
+            model(None, ids, bad, **features)
+        with pytest.raises(ValueError, match="attention_mask is .* want"):
+            model.generate(None, ids, bad, **features)
+    assert_clean(model)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_one_cache_serves_twice(small, grad):
+    """Also one whose keys and values know where they come from."""
+    model, _, tokenizer = small
+    ids, mask = tokenize(tokenizer, ["<image>a", "<image>a lemon above a tent"])
+    call = {"vision_features": random_features(2, 1)}
+    with torch.set_grad_enabled(grad):
+        out = model(None, ids[:, :-1], mask[:, :-1], use_cache=True, **call)
+    past = out.past_key_values
+    before = [layer.keys.clone() for layer in past.layers]
+    assert before[0].requires_grad == grad
+    call |= {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+    for options in ({}, {"num_beams": 3}):
+        wanted = model.generate(None, ids, mask, **call, **options)
+        for _ in range(2):
+            again = {**call, **options, "past_key_values": past}
+            assert torch.equal(model.generate(None, ids, mask, **again), wanted)
+    assert all(map(torch.equal, before, [layer.keys for layer in past.layers]))
+
+
+@pytest.fixture(scope="module")
+def gpt2(make_model, tmp_path_factory):
+    """A small Flamingo whose language model numbers all places, padding included."""
+    config = transformers.GPT2Config(
+        vocab_size=opt_config().vocab_size,
+        n_embd=D_TXT,
+        n_layer=3,
+        n_head=4,
+        n_positions=96,
+        initializer_range=0.15,
+    )
+    path = save_language_model(tmp_path_factory.mktemp("lm") / "gpt2", config)
+    return make_model(gates=1.0, language_model=path)
+
+
+@torch.no_grad()
+def test_padding_has_no_place(gpt2):
+    """A row of a batch is the row alone; with a cache, too."""
+    model, _, tokenizer = gpt2
+    prompts = ["<image>a", "<image>a lemon above a tent"]
+    ids, mask = tokenize(tokenizer, prompts)
+    features = random_features(2, 1)
+    logits = model(None, ids, mask, vision_features=features).logits
+    for row, prompt in enumerate(prompts):
+        own, _ = tokenize(tokenizer, [prompt])
+        alone = model(None, own, vision_features=features[row : row + 1]).logits
+        assert_close(logits[row, -own.shape[1] :], alone[0], rtol=1e-4, atol=1e-4)
+    found, wanted = left_out(gpt2, "whole")
+    assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    right, mask = tokenize(tokenizer, prompts, side="right")
+    found = model(None, right, mask, vision_features=features).logits
+    n = int(mask[0].sum())
+    assert_close(found[0, :n], logits[0, -n:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_stream_keeps_the_loops_precision(small, pictures):
+    """Autocast is each thread's own: the words were written in float32."""
+    model, kinds = small[0], []
+    head = model.lang_encoder.get_output_embeddings()
+    hook = head.register_forward_hook(lambda *a: kinds.append(a[-1].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = caption(*small, pictures[:1], max_new_tokens=6)
+        said = "".join(stream_caption(*small, pictures[0], max_new_tokens=6))
+    assert [said.strip()] == wanted and set(kinds) == {torch.bfloat16}
+    kinds.clear()
+    list(stream_caption(*small, pictures[0], max_new_tokens=6))
+    hook.remove()
+    assert set(kinds) == {torch.float32}
 
 
 # ----------------------------------------------------------------------- two at a time

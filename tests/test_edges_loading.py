@@ -57,6 +57,7 @@ from flamingo_lite import (
     trained_tensors,
 )
 
+WHY = "needs open-flamingo: pip install --no-deps -r tests/requirements-parity.txt"
 TEXTS = ["look<image>a lemon<|endofchunk|><image>a tent above", "<image>a bear"]
 
 
@@ -310,7 +311,7 @@ THEIRS = {
 
 @pytest.mark.parametrize("kind", THEIRS)
 def test_the_layers_are_where_openflamingo_finds_them(kind):
-    factory = pytest.importorskip("open_flamingo.src.factory")
+    factory = pytest.importorskip("open_flamingo.src.factory", reason=WHY)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(THEIRS[kind])
     assert lm.config.model_type == kind
@@ -318,8 +319,9 @@ def test_the_layers_are_where_openflamingo_finds_them(kind):
 
 
 def test_all_of_openflamingos_table_is_in_ours():
-    factory = pytest.importorskip("open_flamingo.src.factory")
+    factory = pytest.importorskip("open_flamingo.src.factory", reason=WHY)
     theirs = vars(factory)["__KNOWN_DECODER_LAYERS_ATTR_NAMES"]
+    assert len(theirs) >= 8
     ours = {kind.replace("_", ""): path for kind, path in DECODER_LAYERS.items()}
     other_names = {"gpt-j": "gptj", "pythia": "gptneox"}
     other_names |= {"gptneoxforcausallm": "gptneox", "mosaicgpt": "mosaicgpt"}
@@ -442,6 +444,27 @@ def test_a_copy_is_the_same_model_and_apart_from_it(small, how):
     pointers = {p.data_ptr() for p in model.parameters()}
     assert not any(p.data_ptr() in pointers for p in again.parameters())
     assert again.config.built_with == model.config.built_with
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("left_by", ["cache_media", "forward"])
+def test_a_copy_takes_along_nothing_that_a_call_has_left(small, how, left_by):
+    """Neither pictures nor what is kept of them, with or without a gradient."""
+    model, _, tokenizer = small
+    ids, mask = tokenize(tokenizer, ["<image>a lemon", "a<image> tent"])
+    features = random_features(2, 1)
+    if left_by == "cache_media":
+        model.cache_media(ids, None, features)
+    else:
+        kept = {"clear_conditioned_layers": False, "vision_features": features}
+        model(None, ids, mask, **kept)
+    twin = COPIES[how](model)
+    lm = twin.lang_encoder
+    for layer in lm._get_decoder_layers():
+        assert layer.vis_x is layer.media_locations is layer.keys_values is None
+    assert lm._cached_text is lm._n_pictures is None and not lm._use_cached_vision_x
+    assert model.lang_encoder.is_conditioned()
+    assert twin(None, ids, mask, vision_features=features).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -617,7 +640,7 @@ def test_public_functions_say_their_types(thing):
 
 def test_openflamingos_arguments_come_first():
     """In their order: a script written for `open_flamingo` needs its import changed."""
-    factory = pytest.importorskip("open_flamingo.src.factory")
+    factory = pytest.importorskip("open_flamingo.src.factory", reason=WHY)
     theirs = list(inspect.signature(factory.create_model_and_transforms).parameters)
     ours = list(inspect.signature(create_model_and_transforms).parameters)
     assert ours[: len(theirs) - 1] == theirs[:-1]

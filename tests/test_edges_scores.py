@@ -18,6 +18,7 @@ from flamingo_lite import (
     answer_in_words,
     caption_words,
     cider_d,
+    fewshot,
     group_scenes,
     make_episodes,
     make_labels,
@@ -25,6 +26,7 @@ from flamingo_lite import (
     naming_episode,
     nearest,
     occlusion,
+    score_captions,
     show_maps,
     task_episode,
 )
@@ -139,9 +141,10 @@ MARKS = "''|'|``|`|-LRB-|-RRB-|-LCB-|-RCB-|.|?|!|,|:|-|--|...|;".split("|")
 
 def test_words_are_those_of_the_usual_tokenizer(tmp_path):
     """Stanford's, as pycocoevalcap calls it, where there are it and Java."""
-    theirs = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
+    why = "needs pycocoevalcap: pip install --no-deps -r tests/requirements-parity.txt"
+    theirs = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer", reason=why)
     if shutil.which("java") is None:
-        pytest.skip("no java")
+        pytest.skip("no Java on the PATH: words are not compared with Stanford's")
     jar = Path(theirs.__file__).with_name(theirs.STANFORD_CORENLP_3_4_1_JAR)
     rng, texts = random.Random(0), [text for text in WORDS if text.strip(". \t\n")]
     said = ["a", "dog's", "isn't", "red", "two-tone", "bus,", "The", "girls'", "3.5"]
@@ -163,6 +166,29 @@ def test_words_are_those_of_the_usual_tokenizer(tmp_path):
         assert caption_words(text) == [w for w in line.split() if w not in MARKS], text
 
 
+# ------------------------------------------------------------------ things in captions
+
+
+@pytest.mark.parametrize(
+    "text, known, share",
+    [
+        ("an umbrella above a fox", (), 1.0),
+        ("a beach umbrella above a fox", ("beach umbrella",), 0.5),
+        ("a beach umbrella above an umbrella", ("beach umbrella",), 0.5),
+        ("an umbrella above a fox-hound", (), 0.5),
+        ("a fox, an umbrella.", (), 1.0),
+        ("a foxglove", ("a (very) odd name",), 0.0),
+    ],
+)
+def test_whole_names_count_the_longest_first(text, known, share):
+    """An umbrella was seen in each beach umbrella."""
+    scene = {"text": "an umbrella above a fox", "things": ["umbrella", "fox"]}
+    other = [{"text": "x", "things": [name]} for name in known]
+    nothing = [""] * len(other)
+    assert score_captions([text], [scene], known)["things"] == [share]
+    assert score_captions([text, *nothing], [scene, *other])["things"][0] == share
+
+
 # ----------------------------------------------------------------------------- episodes
 
 
@@ -180,6 +206,46 @@ def test_a_studio_is_no_list_of_studios():
     with pytest.raises(TypeError, match=r"so \['twemoji'\]"):
         naming_episode(rng, groups, 2, 1, "twemoji")
     assert naming_episode(rng, groups, 2, 1, ["twemoji"])["answer"]
+
+
+@pytest.mark.parametrize("known", [None, ["wug", "dax"]])
+def test_no_made_up_word_is_known(monkeypatch, known):
+    """Once 1 prompt in 150 of five words called a thing "a dog"."""
+    groups, words = group_scenes(SCENES), []
+    choice = {} if known is None else {"known": known}
+    lots = iter(["dog", "wug", "tulip", "dax", "lemon", "fep", "kib"] * 50)
+    monkeypatch.setattr(fewshot, "made_up", lambda rng: next(lots))
+    for _ in range(20):
+        episode = naming_episode(np.random.default_rng(0), groups, 2, 1, **choice)
+        words += episode["words"].values()
+    refused = {"a lemon"} | ({"a dog", "a tulip"} if known is None else set())
+    refused |= {f"a {name}" for name in known or ()}
+    allowed = {"a dog", "a wug", "a tulip", "a dax", "a fep", "a kib"} - refused
+    assert set(words) <= allowed and len(set(words)) > 1
+
+
+def test_words_that_all_are_known(monkeypatch):
+    """It looked for one that is not for ever."""
+    groups = group_scenes(SCENES)
+    monkeypatch.setattr(fewshot, "made_up", lambda rng: "dog")
+    with pytest.raises(ValueError, match="2 made-up words wanted, and 0 are found"):
+        naming_episode(np.random.default_rng(0), groups, 2, 1)
+    with pytest.raises(ValueError, match="2 made-up words wanted, and 1 are found"):
+        make_episodes(SCENES, 1, 0, 1, n_ways=2, known=[])
+    with pytest.raises(TypeError, match=r"so \['dog'\]"):
+        naming_episode(np.random.default_rng(0), groups, 2, 1, known="dog")
+
+
+def test_a_known_word_moves_no_other_lot():
+    """Pictures, order and all other words of prompts stay, whatever is known."""
+    asked = {"n_ways": 3, "longest": 2}
+    plain = make_episodes(SCENES, 40, 0, 2, known=(), **asked)
+    word = plain[7]["texts"][0]
+    other = make_episodes(SCENES, 40, 0, 2, known=[word.split()[1]], **asked)
+    changed = [i for i in range(40) if plain[i] != other[i]]
+    assert 7 in changed and all(word in plain[i]["texts"] for i in changed)
+    assert [e["numbers"] for e in other] == [e["numbers"] for e in plain]
+    assert not any(word in e["texts"] for e in other)
 
 
 def test_numbers_of_shots_that_cannot_be():

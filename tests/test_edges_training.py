@@ -4,29 +4,47 @@ And what a checkpoint holds, what a resumed run says, which text of several is d
 """
 
 import copy
+import os
+import random
 import re
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_features
+from conftest import (
+    SMALL,
+    make_picture,
+    opt_config,
+    random_features,
+    random_pixels,
+    save_language_model,
+)
 
 from flamingo_lite import (
     NotFinite,
+    PixelSource,
     batch_for_step,
     batches,
+    cache_features,
     caption_losses,
     check_examples,
     checkpoints,
     draw_text,
+    encode_pictures,
+    freeze_in,
     keep_old_rows,
     learning_parameters,
     make_batch,
     make_optimizers,
+    random_states,
     read_checkpoint,
     run_settings,
     save_checkpoint,
     schedule,
+    set_random_states,
     steps,
     train,
     trained_rows,
@@ -175,23 +193,23 @@ def test_features_that_are_not_finite_stop_before_the_step(
 ):
     """Named: step, picture and text; the model and both checkpoints are whole."""
     built, features = make_model(), FEATURES.clone()
-    features[3, 0, 5, 7] = number
-    first = next(s for s in range(12) if 3 in rows_of(s))
+    bad = (set(range(len(TEXTS))) - {*rows_of(0), *rows_of(1)}).pop()
+    features[bad, 0, 5, 7] = number
+    first = next(s for s in range(12) if bad in rows_of(s))
+    assert first >= 2, "there are no two checkpoints yet"
     where, settings = tmp_path / "last.pt", {"report_every": 1}
     straight = make_model()
-    if first:
-        with pytest.raises(Stopped):
-            go(straight, checkpoint=None, report=stop_at(first), report_every=1)
+    with pytest.raises(Stopped):
+        go(straight, checkpoint=None, report=stop_at(first), report_every=1)
     with pytest.raises(NotFinite) as caught:
         go(built, features, checkpoint=where, **settings)
     message = str(caught.value)
     assert f"step {first + 1} not taken: the loss is nan" in message
-    assert "pictures [3]" in message and "'a bee'" in message
+    assert f"pictures [{bad}]" in message and repr(TEXTS[bad]) in message
     assert isinstance(caught.value, ValueError)
     check_same(built[0], straight[0])
     assert not built[0].training
-    names = ["last.pt", "last.pt.previous"][: min(first, 2)]
-    for name, back in zip(names, (0, 1), strict=False):
+    for name, back in (("last.pt", 0), ("last.pt.previous", 1)):
         assert read_checkpoint(tmp_path / name)["step"] == first - back
 
 
@@ -245,13 +263,44 @@ def test_a_weight_that_is_not_finite_is_named_at_once(make_model, part):
         go(built, report=lambda line: pytest.fail(line))
 
 
-def test_a_rate_that_blows_up_leaves_both_checkpoints(make_model, tmp_path):
-    """Weights overflow in a step whose loss was a number: it is not written."""
+def test_a_rate_that_blows_up_leaves_the_checkpoint(make_model, tmp_path):
+    """Of the one step that was taken; the next one's loss is no number."""
     path = tmp_path / "last.pt"
     with pytest.raises(NotFinite):
         go(make_model(), checkpoint=path, report_every=1, lr=1e37)
-    for file in tmp_path.iterdir():
-        read_checkpoint(file)
+    assert {f.name: read_checkpoint(f)["step"] for f in tmp_path.iterdir()} == {
+        "last.pt": 1
+    }
+
+
+def test_weights_that_overflow_leave_both_checkpoints(
+    make_model, tmp_path, monkeypatch
+):
+    """In a step whose loss was a number: it is not written."""
+    right, path, taken = training.training_step, tmp_path / "last.pt", []
+
+    def overflow(model, *others):
+        loss = right(model, *others)
+        taken.append(loss)
+        if len(taken) == 6:
+            model.perceiver.latents.data[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(training, "training_step", overflow)
+    with pytest.raises(ValueError, match="perceiver.latents"):
+        go(make_model(), checkpoint=path, report_every=1)
+    assert torch.stack(taken[:6]).isfinite().all()
+    assert {f.name: read_checkpoint(f)["step"] for f in tmp_path.iterdir()} == {
+        "last.pt": 5,
+        "last.pt.previous": 4,
+    }
+
+
+@pytest.mark.parametrize("lr", [1e39, 1e300])
+@pytest.mark.parametrize("with_muon", [False, True])
+def test_a_rate_beyond_all_numbers_is_not_finite(make_model, with_muon, lr):
+    with pytest.raises(NotFinite):
+        go(make_model(), lr=lr, with_muon=with_muon)
 
 
 def test_nothing_that_cannot_be_read_is_written(make_model, tmp_path):
@@ -703,3 +752,223 @@ def test_a_finished_run_is_made_longer_as_the_error_says(make_model, tmp_path):
     assert not torch.equal(built[0].perceiver.latents, once.perceiver.latents)
     assert read_checkpoint(path)["step"] == read_checkpoint(second)["step"] == 12
     assert schedule(11, 12, warmup=2) < 0.05
+
+
+# ----------------------------------------------- a checkpoint of another model
+
+
+def another_language_model(folder, **config):
+    """The same sizes: only its weights, or how it computes, are others."""
+    seed = config.pop("seed", 0)
+    path = save_language_model(folder / "opt", opt_config(**config), seed=seed)
+    return {"language_model": path}
+
+
+WITH_HEADS = {"heads": 4, "dim_head": 8}
+OTHER_MODELS = {
+    "which is frozen, has other numbers": {"seed": 1},
+    "num_attention_heads of lang_encoder is 4 there, 2 here": {
+        "num_attention_heads": 2
+    },
+    "activation_function of lang_encoder is relu there, gelu here": {
+        "activation_function": "gelu"
+    },
+    r"heads of gated blocks is \[2, 2, 2\] there, \[4, 4, 4\] here": {
+        "cross_attn_kwargs": WITH_HEADS
+    },
+    r"heads of perceiver is \[2, 2\] there, \[4, 4\] here": {
+        "perceiver_kwargs": {**SMALL["perceiver_kwargs"], **WITH_HEADS}
+    },
+    "only_attend_immediate_media is True there, False here": {
+        "only_attend_immediate_media": False
+    },
+}
+
+
+@pytest.mark.parametrize("message", OTHER_MODELS)
+def test_a_checkpoint_of_another_model_of_the_same_shapes(
+    make_model, tmp_path, message
+):
+    """It would go on, silently wrong: what differs is named."""
+    stop_in_the_middle(make_model, path := tmp_path / "last.pt")
+    kwargs = OTHER_MODELS[message]
+    is_ours = "kwargs" in str(kwargs) or "only_attend_immediate_media" in kwargs
+    kwargs = kwargs if is_ours else another_language_model(tmp_path, **kwargs)
+    built = make_model(**kwargs)
+    before = copy.deepcopy(built[0])
+    with pytest.raises(ValueError, match=f"of another model.*{message}"):
+        go(built, checkpoint=path)
+    check_same(built[0], before)
+
+
+def test_frozen_parts_in_16_bits_are_the_same_model(make_model, tmp_path):
+    stop_in_the_middle(make_model, path := tmp_path / "last.pt")
+    for dtype in (torch.float16, torch.bfloat16):
+        built = make_model()
+        freeze_in(built[0], dtype)
+        assert len(go(built, checkpoint=path)) == 12
+
+
+def test_a_checkpoint_from_before_models_were_described(make_model, tmp_path):
+    straight = make_model()
+    history = go(straight)
+    stop_in_the_middle(make_model, path := tmp_path / "last.pt")
+    state = read_checkpoint(path)
+    del state["model"], state["random"]["python"], state["random"]["numpy"]
+    torch.save(state, path)
+    assert go(make_model(), checkpoint=path) == history
+
+
+# ---------------------------------------------------------- pictures by chance
+
+
+class ByChance:
+    """Pixels that are drawn anew each time, by one of three generators."""
+
+    ndim, shape = 5, (len(TEXTS), 1, 3, 32, 32)
+
+    def __init__(self, draw):
+        self.draw, self.pixels = draw, random_pixels(1, len(TEXTS))[0]
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, numbers):
+        return self.pixels[numbers] * (0.5 + self.draw())
+
+
+DRAWS = {
+    "python": random.random,
+    "numpy": np.random.rand,
+    "torch": lambda: torch.rand(()).item(),
+}
+
+
+def seed_all(number):
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(number)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_pictures_that_change_by_chance_resume_to_the_same_end(
+    make_model, tmp_path, draw
+):
+    """Also if a look at the validation, a report and a log draw meanwhile."""
+    pixels, draw, path = ByChance(DRAWS[draw]), DRAWS[draw], tmp_path / "last.pt"
+    looks = {"validation": (ByChance(draw), TEXTS), "log": lambda numbers: draw()}
+    results = []
+    for more in ({}, looks, {"checkpoint": path}):
+        built = make_model()
+        seed_all(0)
+        results.append((go(built, pixels, **more), built[0]))
+    path.unlink()
+    built = make_model()
+    seed_all(0)
+    with pytest.raises(Stopped):
+        go(built, pixels, checkpoint=path, report=stop_at(12), **looks)
+    built = make_model()
+    seed_all(1)  # as another process may stand
+    results.append((go(built, pixels, checkpoint=path), built[0]))
+    for history, model in results[1:]:
+        assert history == results[0][0]
+        check_same(model, results[0][1])
+
+
+def test_random_states_of_several_processes():
+    """Each goes on with its own; one that is new draws other numbers than the first."""
+    device, states, drawn = torch.device("cpu"), [], []
+    for number in range(3):
+        seed_all(number)
+        states.append(random_states(device))
+        drawn.append([draw() for draw in DRAWS.values()])
+    saved = {**states[0], "others": states[1:]}
+    for number in range(3):
+        set_random_states(saved, device, number)
+        assert [draw() for draw in DRAWS.values()] == drawn[number]
+    for _ in range(2):
+        set_random_states(saved, device, 3)
+        drawn.append([draw() for draw in DRAWS.values()])
+    assert drawn[3] == drawn[4] and drawn[3][0] not in {one[0] for one in drawn[:3]}
+
+
+# ----------------------------------------------- towers, features, names, files
+
+
+def unfreeze(model):
+    model.vision_encoder.requires_grad_(True)
+
+
+def test_features_for_a_tower_that_is_to_learn_are_refused(make_model, tmp_path):
+    """It would stay as it is, without a word."""
+    model, image_processor, _ = built = make_model()
+    pictures = [make_picture(colour) for colour in ("red", "green", "blue")]
+    kept = cache_features(
+        tmp_path, model.vision_encoder, image_processor, pictures, progress=False
+    )
+    unfreeze(model)
+    for features in (FEATURES[:3], kept):
+        with pytest.raises(ValueError, match="give train pixels, PixelSource"):
+            go(built, features, TEXTS[:3])
+    before = copy.deepcopy(model.vision_encoder.state_dict())
+    go(built, PixelSource(pictures, image_processor), TEXTS[:3])
+    after = model.vision_encoder.state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+
+
+def test_features_that_are_kept_are_not_rounded_by_the_callers_autocast(
+    make_model, tmp_path
+):
+    model, image_processor, _ = make_model()
+    given = model.vision_encoder, image_processor, [make_picture("red")]
+    wanted = encode_pictures(*given, dtype=torch.float32)
+    with inside_autocast():
+        assert torch.equal(encode_pictures(*given, dtype=torch.float32), wanted)
+        kept = cache_features(tmp_path, *given, dtype=torch.float32, progress=False)
+    assert torch.equal(kept[[0]], wanted)
+
+
+@pytest.mark.parametrize("kind", ["cache", "files", "tensor"])
+def test_pictures_that_are_validated_and_trained_on(make_model, tmp_path, kind):
+    """One warning, with their number, where both name their pictures."""
+    model, image_processor, _ = built = make_model()
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for path, colour in zip(
+        paths, ("red", "green", "blue", "pink", "gray"), strict=True
+    ):
+        make_picture(colour).save(path)
+
+    def source(paths):
+        if kind == "files":
+            return PixelSource([str(path) for path in paths], image_processor)
+        given = tmp_path / "kept", model.vision_encoder, image_processor, paths
+        kept = cache_features(*given, progress=False)
+        return kept if kind == "cache" else kept[:]
+
+    features, looked_at = source(paths[:3]), source(paths[1:])
+    kwargs = {"n_steps": 1, "report_every": 1}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        go(built, features, TEXTS[:3], validation=(looked_at, TEXTS[:4]), **kwargs)
+        sequences = [[2], [3]]  # of the pictures that are looked at
+        apart = looked_at, [[TEXTS[2]], [TEXTS[3]]], sequences
+        go(built, features, TEXTS[:3], validation=apart, **kwargs)
+    told = [str(w.message) for w in told if "trained on" in str(w.message)]
+    assert len(told) == (kind != "tensor")
+    assert all("2 of its 4 pictures are trained on" in line for line in told)
+
+
+def test_two_runs_may_write_to_one_place(make_model, tmp_path):
+    """Each has a file of its own until it is whole; what the dead left is swept."""
+    path = tmp_path / "last.pt"
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        check=True,
+    )
+    dead = tmp_path / f"last.pt.{int(done.stdout)}.tmp"
+    alive, other = tmp_path / f"last.pt.{os.getppid()}.tmp", tmp_path / "other.pt.1.tmp"
+    for left in (dead, alive, other):
+        left.write_bytes(b"half")
+    go(make_model(), checkpoint=path)
+    assert not dead.exists() and alive.exists() and other.exists()
+    assert read_checkpoint(path)["step"] == 12

@@ -62,6 +62,8 @@ def test_the_file_is_half_of_half_precision(tiny, saved, tmp_path):
     assert before == half and after == (saved / WEIGHTS).stat().st_size
     mine, others = load_file(saved / WEIGHTS), load_file(tmp_path / WEIGHTS)
     assert mine.keys() == others.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, others[name]), name
     with pytest.raises(SystemExit, match="eight bits already"):
         shrink(tmp_path)
 

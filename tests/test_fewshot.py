@@ -9,7 +9,7 @@ import torch
 from conftest import D_IMG, V, opt_config, save_language_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from flamingo_lite import (
     NUMBERS,
@@ -108,7 +108,7 @@ def test_a_task_episode_that_cannot_be():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="no question 'colour'; there are thing, num"):
         task_episode(rng, COUNTS, "colour", 2)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="4 shots and a question, and 4 scenes"):
         task_episode(rng, COUNTS[:4], "thing", 4)
     assert len(task_episode(rng, COUNTS[:5], "thing", 4)["numbers"]) == 5
 
@@ -387,7 +387,9 @@ def test_no_demonstrations():
     for sort in ({"n_ways": 2}, {"question": "kind"}):
         scenes = SINGLES if "n_ways" in sort else COUNTS
         for how in (None, *WAYS):
-            for episode in make_episodes(scenes, 5, 0, 0, how=how, **sort):
+            episodes = make_episodes(scenes, 5, 0, 0, how=how, **sort)
+            assert len(episodes) == 5
+            for episode in episodes:
                 assert episode["texts"] == [episode["answer"]]
                 assert len(episode["numbers"]) == 1
 
@@ -426,6 +428,40 @@ def test_answer_passes_on_how_to_write(small):
     short = answer(model, tokenizer, features, episodes, max_new_tokens=1)
     assert [a.startswith(b) for a, b in zip(long, short, strict=True)] == [True] * 3
     assert long != short
+
+
+def lengths_of(small, texts):
+    return [len(small[2](text, add_special_tokens=False).input_ids) for text in texts]
+
+
+def test_an_answer_is_as_long_as_it_is_asked_for(small):
+    """8 tokens by default; a configuration that said more was not heard."""
+    model, _, tokenizer = small
+    features = torch.randn(len(SINGLES), 1, V, D_IMG)
+    ask = (model, tokenizer, features, make_episodes(SINGLES, 3, 0, 1, n_ways=2))
+    endless = {"eos_token_id": None}
+    short, long = answer(*ask, **endless), answer(*ask, **endless, max_new_tokens=12)
+    assert max(lengths_of(small, short)) < min(lengths_of(small, long))
+    asked = GenerationConfig(max_new_tokens=12)
+    assert answer(*ask, **endless, generation_config=asked) == long
+    asked = GenerationConfig(do_sample=False)
+    assert answer(*ask, **endless, generation_config=asked) == short
+    one = (*ask[:3], ask[3][:1])
+    n_prompt = len(tokenizer(make_prompt(ask[3][0]["texts"][:-1])).input_ids)
+    assert answer(*one, **endless, max_length=n_prompt + 12) == long[:1]
+    stop = {"stop_strings": [long[0][4:8]], "max_new_tokens": 12}
+    assert len(answer(*one, **endless, **stop)[0]) < len(long[0])
+
+
+def test_several_answers_to_each_episode(small):
+    """Who may follow is asked by the number of the answer, through all batches."""
+    model, _, tokenizer = small
+    features, rows = torch.randn(len(SINGLES), 1, V, D_IMG), []
+    ask = (model, tokenizer, features, make_episodes(SINGLES, 5, 0, 1, n_ways=2))
+    options = {"num_return_sequences": 2, "do_sample": True, "max_new_tokens": 1}
+    note = {"prefix_allowed_tokens_fn": lambda row, _: rows.append(row) or [5]}
+    assert len(answer(*ask, batch_size=2, **options, **note)) == 10
+    assert set(rows) == set(range(10))
 
 
 class OnDisk:
@@ -632,5 +668,5 @@ def test_cider_of_all_and_of_nothing_right():
     assert cider_d(["x", "", "above"], references).tolist() == [0, 0, 0]
     with pytest.warns(UserWarning, match="no words are rarer"):
         assert cider_d(["a fox", ""], [[""], [""]]).tolist() == [0, 0]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="1 captions, references of 3"):
         cider_d(["a bus"], references)

@@ -217,7 +217,8 @@ def test_a_count_per_row_is_that_of_the_whole_row(inside):
 
 def test_the_forgetful_rule_is_openflamingos(inside):
     """Their own mixin, asked in each step what it tells its layers."""
-    theirs = pytest.importorskip("open_flamingo.src.flamingo_lm")
+    why = "needs open-flamingo: pip install --no-deps -r tests/requirements-parity.txt"
+    theirs = pytest.importorskip("open_flamingo.src.flamingo_lm", reason=why)
 
     class Silent(nn.Module):
         def forward(self, **kwargs):

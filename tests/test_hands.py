@@ -162,6 +162,7 @@ def test_a_new_word_is_asked_about_another_hands_drawing(few, emoji):
     painter.atlas.pick = noted
     lessons = Lessons(lambda some: torch.zeros(len(some)), painter)
     lessons.naming_prompts(emoji, 20, 300, 0)
+    assert len(lessons.sequences) >= 20
     for sequence in lessons.sequences:
         *shown, asked = (seen[number] for number in sequence)
         assert asked not in shown

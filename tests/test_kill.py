@@ -15,6 +15,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, random_features
@@ -47,7 +48,8 @@ def add_noise(module, inputs, output):
 
 def train_noisily(backbones, checkpoint, report, every=EVERY):
     """Train a new model; return all that could differ from another run."""
-    torch.manual_seed(0)
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(0)
     model, _, tokenizer = create_model_and_transforms(
         backbones["clip"], None, backbones["opt"], backbones["opt"], **SMALLER
     )

@@ -151,7 +151,9 @@ def test_no_clip_is_a_clear_error(no_network, name, pretrained):
     message = str(caught.value)
     wanted = pretrained if pretrained and "/" in pretrained else name
     assert wanted.removeprefix("local-dir:") in message
-    assert "file" in message or "folder" in message
+    wants = ("no checkpoint file ", "no open_clip_config.json in the folder ")
+    away = message.startswith("cannot load ") and "Without a network, give" in message
+    assert away or message.startswith(wants)
 
 
 def test_no_language_model_is_a_clear_error(no_network, backbones):
@@ -412,7 +414,7 @@ def test_an_interrupted_conversion_leaves_no_half_folder(
             patch.setattr(foreign.AutoTokenizer, "from_pretrained", stop)
         else:
             patch.setattr(foreign.os, "replace", stop)
-        with pytest.raises((KeyboardInterrupt, OSError)):
+        with pytest.raises(error if isinstance(error, type) else type(error)):
             smollm2_folder()
     assert list(where.parent.iterdir()) == []
     assert smollm2_folder() == str(where)

@@ -26,6 +26,7 @@ from flamingo_lite import (
     make_scenes,
     score_candidates,
 )
+from flamingo_lite.data import trim
 from flamingo_lite.fewshot import group_scenes, naming_episode
 from flamingo_lite.plots import attention_maps
 from tools.book import export_play
@@ -213,13 +214,15 @@ def test_few_shot_prompts(plain, tiny, as_in_the_page):
     compare(tiny, found, rows, 0.05)
 
 
-def test_blanks_at_a_prompts_end_change_nothing(plain, scenes, as_in_the_page):
+def test_blanks_at_a_prompts_ends_change_nothing(plain, scenes, as_in_the_page):
     """A blank would be a token of its own, and the answer another one, as in Python."""
     pictures = [scene["picture"] for scene in scenes[::25]]
     bare = ["<image>question: what is this? answer:", "<image>a", "<image>", ""]
-    rows = [([p] * ("<" in b), f"{b} \n ") for p in pictures for b in bare]
+    rows = [
+        ([p] * ("<" in b), f"\ufeff\n{b} \u200b\n ") for p in pictures for b in bare
+    ]
     found = in_page(plain, "caption", rows)
-    trimmed = [(given, prompt.rstrip()) for given, prompt in rows]
+    trimmed = [(given, trim(prompt)) for given, prompt in rows]
     assert found == in_page(plain, "caption", trimmed)
     compare(as_in_the_page, found, rows, 1e-3)
 
@@ -244,9 +247,11 @@ def test_candidates_are_refused_as_in_python(plain, tiny, candidates, problem):
 
 
 def test_scores_after_blanks(plain, scenes, as_in_the_page):
-    """A blank after a word stays one, of another prompt all are left out."""
-    picture, candidates = scenes[0]["picture"], ["a fox", "two lemons"]
-    for prompt in ("<image>answer:  ", "<image> ", "<image>", "  "):
+    """One after a word or a colon, none before the first word; no marks of no width."""
+    picture, candidates = scenes[0]["picture"], ["a fox", " two lemons\u200b"]
+    prompts = ["<image>answer:  ", "<image>answer:", "<image>answer", "<image>a fox."]
+    prompts += ["<image> ", "\ufeff<image>", "<image>answer\ufeff", "  "]
+    for prompt in prompts:
         pictures = [picture] * ("<" in prompt)
         js = """([pictures, prompt, texts]) =>
         flamingoLite.score_candidates(pictures.map(picture), prompt, texts)"""

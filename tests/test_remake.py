@@ -52,9 +52,18 @@ def test_an_interrupted_stage_goes_on(root):
     assert not (root / "old.json").exists()
 
 
+def test_weights_that_change_meanwhile_were_not_measured(root):
+    path = root / remake.WEIGHTS["tiny_clip"]
+    (root / "tools" / "job.py").write_text(f"open({str(path)!r}, 'w').write('new')")
+    assert remake.do(STAGE, root) == 0
+    assert remake.state_of(STAGE, root) == "old"
+
+
 def test_every_stage_is_there():
     """Each command is a script of tools/, and what it stands on has a place."""
-    for name, command, stands_on, _ in remake.all_stages():
+    stages = remake.all_stages()
+    assert len(stages) > len(list((ROOT / "book").glob("[0-9A-Z]*.ipynb"))) > 10
+    for name, command, stands_on, _ in stages:
         assert (ROOT / command.split()[0]).is_file(), name
         assert all(remake.digest(ROOT / remake.WEIGHTS[w]) for w in stands_on), name
 

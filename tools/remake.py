@@ -70,6 +70,12 @@ STAGES = [
         ("tiny_clip", "tiny_opt"),
         ("data/ablations.json",),
     ),
+    (
+        "own pictures",
+        f"{MEASURE}/own_pictures.py",
+        ("tiny_clip", "tiny_opt"),
+        ("data/own_pictures.json",),
+    ),
     ("data compared", f"{MEASURE}/compare_data.py", (), ("data/compare_data.json",)),
     ("cover", "tools/book/make_cover.py", SHIPPED, ()),
     ("stills", "tools/book/make_stills.py", SHIPPED, ()),
@@ -139,7 +145,7 @@ def do(stage, root=ROOT):
     code = subprocess.run([sys.executable, *command.split()], cwd=root).returncode
     print(f"{name}: {time.time() - started:.0f} s, exit code {code}", flush=True)
     if code == 0:
-        note(name, weights_of(stands_on, root), whole=True, root=root)
+        note(name, of, whole=True, root=root)
     return code
 
 

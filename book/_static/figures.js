@@ -423,7 +423,15 @@
     };
   }
 
-  function kept_of_picture({ vision, perceiver }, half) { // of one frame
+  function kept_of_picture(sizes, half) { // of one frame
+    return sizes.perceiver.depth * kept_of_reading(sizes, half) + kept_latents(sizes);
+  }
+
+  function kept_latents({ vision, perceiver }) { // before each layer but the first; at the end
+    return 4 * perceiver.n * (perceiver.depth * vision.d + 2);
+  }
+
+  function kept_of_reading({ vision, perceiver }, half) { // by one layer of the Perceiver
     const { d, v: tokens } = vision, { n, inner } = perceiver;
     let products = n * d; // the latents, normalised
     products += tokens * d; // the visual tokens, normalised
@@ -431,9 +439,7 @@
     products += 2 * n * inner; // queries; what was read
     products += n * d + 2 * n * perceiver.ff * d; // feed-forward, around its GELU
     const norms = 4 * n + perceiver.heads * n; // means, spreads; softmax
-    const layer = half * products + 4 * (norms + n * d); // and the latents between the halves
-    const latents = perceiver.depth * n * d; // before each layer but the first; at the end
-    return perceiver.depth * layer + 4 * (latents + 2 * n);
+    return half * products + 4 * (norms + n * d); // and the latents between the halves
   }
 
   function kept_media({ vision, perceiver, blocks }, T_img, half) {
@@ -471,8 +477,10 @@
   function checkpointed(sizes, kept, T_img, T_txt, precision) {
     const half = bytesOf(precision), { vision, perceiver, lm } = sizes;
     const inputs = 4 * lm.layers * T_txt * lm.d, media = 4 * T_img * perceiver.n * vision.d;
-    const one = kept_of_block(sizes, T_img, T_txt, half) + kept_of_layer(sizes, T_txt, half);
-    return { perceiver: kept.perceiver, loss: kept.loss, "inputs of layers": inputs + media, "one layer": one };
+    const pictures = T_img * (kept_latents(sizes) + 4 * vision.v * vision.d); // and the visual tokens
+    const reading = T_img * kept_of_reading(sizes, half);
+    const one = Math.max(kept_of_block(sizes, T_img, T_txt, half) + kept_of_layer(sizes, T_txt, half), reading);
+    return { perceiver: pictures, loss: kept.loss, "inputs of layers": inputs + media, "one layer": one };
   }
 
   function matrices({ vision, perceiver, blocks, lm }) { // numbers in what is multiplied with

@@ -468,8 +468,11 @@
     });
   }
 
+  // Without blanks and marks of no width at the ends: each would be a token of its own.
+  const trim = (text) => text.replace(/^[\s\x1c-\x1f\x85\u200b-\u200d\u2060]+|[\s\x1c-\x1f\x85\u200b-\u200d\u2060]+$/g, "");
+
   function check_text(text, where) { // throws what cannot be a caption: 07_data.html
-    if (typeof text !== "string" || !text.trim()) throw new Error(`${where}: the caption is empty or not a text`);
+    if (typeof text !== "string" || !trim(text)) throw new Error(`${where}: the caption is empty or not a text`);
     if (/\p{Surrogate}/u.test(text)) throw new Error(`${where}: the caption is not valid Unicode`);
     for (const token of ["<image>", "<|endofchunk|>"]) {
       if (text.includes(token)) throw new Error(`${where}: take ${token} out of the caption`);
@@ -481,12 +484,11 @@
     if (!candidates.length) throw new Error("no candidates to score");
     candidates.forEach((text, i) => check_text(text, `candidate ${i + 1}`));
     await load();
-    const bare = prompt.trimEnd();
-    prompt = bare !== prompt && bare && !bare.endsWith("<image>") ? `${bare} ` : bare;
-    const rows = candidates.map((text) => encode(`${prompt}${text.trimEnd()}${end}`)), alone = encode(prompt);
+    const bare = trim(prompt), follows = bare && !bare.endsWith("<image>"), blank = /[^\S\ufeff]$/.test(prompt) || /[:?.!,;]$/.test(bare);
+    const rows = candidates.map((text) => encode(`${bare}${follows && (blank || /^[^\S\ufeff]/.test(text)) ? " " : ""}${trim(text)}${end}`)), alone = encode(bare);
     let n_same = 0; // how a prompt is cut into tokens may depend on what follows it
     while (n_same < alone.length && rows.every((row) => row[n_same] === alone[n_same] && n_same < row.length - 1)) n_same += 1;
-    const longest = Math.max(...rows.map((row) => row.length)), { state } = await prepare(images, prompt, longest - alone.length, gates);
+    const longest = Math.max(...rows.map((row) => row.length)), { state } = await prepare(images, bare, longest - alone.length, gates);
     const shared = forward(state, alone.slice(0, n_same)), last = shared.data.subarray((n_same - 1) * shared.width);
     return rows.map((row) => { // each goes on from what they share; matrices of the past are never changed
       const own = { ...state, ids: [...state.ids], noted: [], past: state.past.map((layer) => ({ ...layer })) };
@@ -499,9 +501,9 @@
 
   // Greedy, until <|endofchunk|>, never <image>. `onToken` is told of each token as it is written, and
   // of those of the prompt first: {id, text, written, image, maps, p}; if it returns false, we stop.
-  // Blanks at the prompt's end are left out: one would be a token, which else begins the next word.
+  // Blanks at the prompt's ends are left out: one would be a token, which else begins the next word.
   async function caption(images, prompt = "<image>", { max_new_tokens = 24, gates = 1, onToken } = {}) {
-    const { ids, state } = await prepare(images, prompt.trimEnd(), max_new_tokens, gates), written = [];
+    const { ids, state } = await prepare(images, trim(prompt), max_new_tokens, gates), written = [];
     const tell = (id, place, isNew, p) => {
       const image = text_time(state.ids.slice(0, place + 1).map((token) => token === config.media_token_id)).pop();
       return onToken && onToken({ id, text: decode([id], false), written: isNew, image, p, maps: attention_maps(state, place) });

@@ -18,11 +18,13 @@ those in the file.
 Prints Markdown. Paper size with random weights: OPT-125m, the Perceiver of OpenFlamingo
 and, where "tower" is said, CLIP ViT-L-14. Ours and theirs take turns in one process;
 the median of the repeats counts. A group runs in a process of its own, peak memory in
-one process for each model. Nothing else should run meanwhile: other work moves the
+one process for each model. With "checkpointing" each computes its layers again in
+backward, in its own way. Nothing else should run meanwhile: other work moves the
 ratios by a tenth and more. Where it cannot be helped, --busy counts processor time.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -46,7 +48,7 @@ STEPS = ((2, 1, 32), (2, 4, 128), (1, 16, 256), (1, 32, 512))  # (B, T_img, T_tx
 HEAD = """\
 | case (B, T_img, T_txt) | ours | theirs | ratio | at most | ours is |
 |:--|--:|--:|--:|--:|:--|"""
-GROUPS = ("step", "tower", "generation", "memory", "growth")
+GROUPS = ("step", "tower", "generation", "memory", "growth", "checkpointing")
 BEGIN, END_MARK = "<!-- speed: begin -->\n", "<!-- speed: end -->\n"  # in README
 AT_MOST = {  # ours / theirs
     "step (2, 1, 32)": 1.0,
@@ -90,7 +92,7 @@ class NoTower:
         return Given()
 
 
-def build(which, with_tower, size):
+def build(which, with_tower, size, gradient_checkpointing=False):
     """A model of ours or of theirs with the same random weights, gates open.
 
     Trained are the Perceiver and the gated blocks, in both.
@@ -125,7 +127,8 @@ def build(which, with_tower, size):
 
     extend_instance(lm, FlamingoLMMixin)
     lm.set_decoder_layers_attr_name("model.decoder.layers")
-    model = Flamingo(Eyes, lm, END, IMAGE, vis_dim=size["d_img"])
+    options = {"gradient_checkpointing": gradient_checkpointing}
+    model = Flamingo(Eyes, lm, END, IMAGE, vis_dim=size["d_img"], **options)
     model.requires_grad_(False).eval()
     model.perceiver.requires_grad_(True)
     lm.gated_cross_attn_layers.requires_grad_(True)
@@ -141,6 +144,49 @@ def both(with_tower, size):
     models = {which: build(which, with_tower, size) for which in ("ours", "theirs")}
     models["theirs"].load_state_dict(models["ours"].state_dict())
     return models
+
+
+def wrap_theirs(model):
+    """Let OpenFlamingo's layers be computed again in backward, as its script does."""
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as how
+
+    def is_meant(module):
+        wrapped = isinstance(module, how.CheckpointWrapper)
+        return getattr(module, "_use_gradient_checkpointing", False) and not wrapped
+
+    how.apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=functools.partial(
+            how.checkpoint_wrapper, checkpoint_impl=how.CheckpointImpl.NO_REENTRANT
+        ),
+        check_fn=is_meant,
+    )
+
+
+def both_checkpointing(size):
+    """As `both`, without the tower, and each with gradient checkpointing of its own."""
+    models = {which: build(which, False, size, True) for which in ("ours", "theirs")}
+    models["theirs"].load_state_dict(models["ours"].state_dict())
+    wrap_theirs(models["theirs"])
+    return models
+
+
+def calls_of(models, size, case):
+    """{"ours": call, "theirs": call}: each one training step on the same features."""
+    import torch
+
+    B, T_img, T_txt = case
+    ids, labels = text(B, T_img, T_txt)
+    features = torch.randn(B, T_img, 1, size["v"], size["d_img"])
+
+    def call(which, model, optimizer):
+        pictures = given(which, model, None, features)
+        train_once(which, model, optimizer, ids, labels, pictures)
+
+    return {
+        which: functools.partial(call, which, model, adamw(model))
+        for which, model in models.items()
+    }
 
 
 def text(B, T_img, T_txt):
@@ -252,26 +298,19 @@ def compare(case, calls, repeats, flops=None, read=None):
 
 def group_step(size, cases, repeats):
     """Training steps on features, without the tower."""
-    import torch
-
     models = both(False, size)
-    optimizers = {which: adamw(model) for which, model in models.items()}
-    for B, T_img, T_txt in cases:
-        ids, labels = text(B, T_img, T_txt)
-        features = torch.randn(B, T_img, 1, size["v"], size["d_img"])
-        calls = {
-            which: lambda which=which, model=model: train_once(
-                which,
-                model,
-                optimizers[which],
-                ids,  # noqa: B023, called before the next turn
-                labels,  # noqa: B023
-                given(which, model, None, features),  # noqa: B023
-            )
-            for which, model in models.items()
-        }
+    for case in cases:
+        calls = calls_of(models, size, case)
         flops = count_flops(calls["ours"])
-        yield from compare(f"step ({B}, {T_img}, {T_txt})", calls, repeats, flops)
+        yield from compare(f"step {case}", calls, repeats, flops)
+
+
+def group_checkpointing(size, cases, repeats):
+    """The largest step with gradient checkpointing: its time, and its peak memory."""
+    calls = calls_of(both_checkpointing(size), size, cases[-1])
+    name = f"checkpointing {cases[-1]}"
+    yield from compare(f"step, {name}", calls, repeats)
+    yield compare_memory(f"peak memory, {name}", "--checkpointing")
 
 
 def group_tower(size, cases, repeats):
@@ -348,29 +387,29 @@ def group_growth(size, cases, repeats):
     yield [case, f"{many:.2f} ms", f"{one:.2f} ms", many / one, ""]
 
 
-def peak(which, size, cases, repeats):
+def peak(which, size, cases, with_checkpointing):
     """Peak memory of this process, in megabytes, after two steps of the last case."""
-    import torch
-
-    B, T_img, T_txt = cases[-1]
-    model = build(which, False, size)
-    ids, labels = text(B, T_img, T_txt)
-    features = torch.randn(B, T_img, 1, size["v"], size["d_img"])
-    optimizer, pictures = adamw(model), given(which, model, None, features)
+    model = build(which, False, size, with_checkpointing)
+    if with_checkpointing and which == "theirs":
+        wrap_theirs(model)
+    call = calls_of({which: model}, size, cases[-1])[which]
     for _ in range(2):
-        train_once(which, model, optimizer, ids, labels, pictures)
+        call()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def group_memory(size, cases, repeats):
-    """Peak memory of the largest step, each model in a process of its own."""
+    """Peak memory of the largest step."""
+    yield compare_memory(f"peak memory {cases[-1]}")
+
+
+def compare_memory(case, *options):
+    """A row of the table: peak memory, each model in a process of its own."""
     used = {}
     for which in ("ours", "theirs"):
-        used[which] = float(run_self("--peak", which, *HANDED_ON))
-    B, T_img, T_txt = cases[-1]
+        used[which] = float(run_self("--peak", which, *options, *HANDED_ON))
     numbers = [f"{used[which]:,.0f} MB" for which in ("ours", "theirs")]
-    ratio = used["ours"] / used["theirs"]
-    yield [f"peak memory ({B}, {T_img}, {T_txt})", *numbers, ratio, ""]
+    return [case, *numbers, used["ours"] / used["theirs"], ""]
 
 
 HANDED_ON = []  # options for the processes that are started
@@ -441,6 +480,7 @@ def main():
     parser.add_argument("--readme", action="store_true")
     parser.add_argument("--one", choices=GROUPS, help=argparse.SUPPRESS)
     parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if strange := set(args.groups) - set(GROUPS):
         parser.error(f"{sorted(strange)[0]}: no such group, there are {GROUPS}")
@@ -454,7 +494,7 @@ def main():
     size, repeats = sizes(args.smallest), 1 if args.smallest else args.repeats
     cases = ((1, 1, 8), (1, 2, 16)) if args.smallest else STEPS
     if args.peak:
-        print(peak(args.peak, size, cases, repeats))
+        print(peak(args.peak, size, cases, args.checkpointing))
     elif args.one:
         print(json.dumps(list(globals()[f"group_{args.one}"](size, cases, repeats))))
     else:

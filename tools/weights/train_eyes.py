@@ -32,6 +32,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from itertools import combinations
@@ -283,6 +284,11 @@ def training_step(model, tokenizer, optimizers, pixels, captions, precision="flo
     return loss.detach()
 
 
+def same_run(settings):
+    """Settings without the number of steps, which may be chosen late."""
+    return re.sub(r"steps \d+ ", "", settings)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=7000)
@@ -318,9 +324,17 @@ def main():
     rows = read_rows()
     batches = Batches(rows, args.seed, args.singles, args.pairs, args.device)
     optimizers = make_optimizers(model, args.lr)
+    settings = f"seed {args.seed} steps {args.steps} fall {args.fall} cliques from "
+    settings += f"{args.cliques_from} lr {args.lr} singles {args.singles} pairs "
+    settings += f"{args.pairs} patch dropout {args.patch_dropout} {args.precision}"
     first, log = 0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=args.device)
+        if same_run(state.get("settings", settings)) != same_run(settings):
+            sys.exit(
+                f"{checkpoint} is of another run: {state['settings']}\nthis one: "
+                f"{settings}\ntake it away, or give another folder: --checkpoints"
+            )
         model.load_state_dict(state["model"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state[name])
@@ -356,6 +370,7 @@ def main():
             if done % 100 == 0 or done == last_step:
                 state = {name: o.state_dict() for name, o in optimizers.items()}
                 state |= {"model": model.state_dict(), "step": done, "log": log}
+                state["settings"] = settings
                 save_whole(checkpoint, lambda path, s=state: torch.save(s, path))
 
     half = {
@@ -365,9 +380,6 @@ def main():
     out = args.out if last_step == args.steps else args.checkpoints
     weights = out / "open_clip_model.safetensors"
     save_whole(weights, lambda path: save_file(half, path))
-    settings = f"seed {args.seed} steps {args.steps} fall {args.fall} cliques from "
-    settings += f"{args.cliques_from} lr {args.lr} singles {args.singles} pairs "
-    settings += f"{args.pairs} patch dropout {args.patch_dropout} {args.precision}"
     (out / "training.log").write_text("\n".join([settings, *log]) + "\n")
     assert load_file(weights).keys() == half.keys()
 
