@@ -79,6 +79,7 @@ STAGES = [
     ("data compared", f"{MEASURE}/compare_data.py", (), ("data/compare_data.json",)),
     ("cover", "tools/book/make_cover.py", SHIPPED, ()),
     ("stills", "tools/book/make_stills.py", SHIPPED, ()),
+    ("pages", "tools/book/sync.py", SHIPPED, ()),  # the cover's numbers, into the intro
 ]
 
 
@@ -98,7 +99,7 @@ def all_stages(root=ROOT):
         if path.name.startswith("10"):
             stands_on = (*SHIPPED, "smol_flamingo")
         chapters.append((path.stem, command, stands_on, ()))
-    return STAGES[:-1] + chapters + STAGES[-1:]
+    return STAGES[:-2] + chapters + STAGES[-2:]
 
 
 def read_notes(root=ROOT):
