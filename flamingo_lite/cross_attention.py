@@ -30,7 +30,7 @@ from torch import nn
 
 from flamingo_lite.perceiver import FeedForward
 
-FEW = 8  # images; so many behind a mask cost no more than blocks
+FEW = 8  # up to so many images, masking the others is as fast as gathering one's own
 
 
 def text_time(media_locations):

@@ -180,10 +180,22 @@ def score_captions(captions, scenes, known=()):
     return {"exact": exact, "things": named}
 
 
-def bootstrap_interval(values, n_samples=2000, seed=0):
-    """Mean and 95 % bootstrap interval of some numbers: (mean, low, high)."""
+def bootstrap_interval(values, n_samples=2000, seed=0, groups=None):
+    """Mean and 95 % bootstrap interval of some numbers: (mean, low, high).
+
+    Args:
+        values: numbers.
+        n_samples, seed: how often numbers are drawn again, and from which seed.
+        groups: for each number what it belongs to, the drawing in a picture, say.
+            Numbers of one group are not independent, so whole groups are drawn; None,
+            every number by itself.
+    """
     values = np.asarray(values, dtype=float)
-    rng = np.random.default_rng(seed)  # draws: (n_samples, values)
-    draws = rng.integers(0, len(values), (n_samples, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    groups = range(len(values)) if groups is None else list(groups)
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    which, n = [number[group] for group in groups], len(number)
+    total, size = np.bincount(which, values, n), np.bincount(which, minlength=n)
+    draws = np.random.default_rng(seed).integers(0, n, (n_samples, n))
+    means = total[draws].sum(axis=1) / size[draws].sum(axis=1)  # (n_samples,)
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(values.mean()), float(low), float(high)

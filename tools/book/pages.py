@@ -35,7 +35,7 @@ EXERCISES_HEAD = """\
 All exercises of the book, {count} of them, {hours} in all. Each stands at the end of
 its chapter, with a hint and a solution that you unfold when you want to; the asserts in
 the solutions run whenever the notebook does. ●○○ is short, ●●○ takes some thought, ●●●
-takes more.
+takes more. By kind, below, the shortest come first.
 
 A way to work: open the chapter in Jupyter or Colab, write your answer into the cell
 below the question, and run it. Where you are asked to predict, write your guess down
@@ -162,10 +162,14 @@ def exercises_page(notebooks):
     body += "## By kind\n\n"
     named = dict.fromkeys([*KINDS, *(e["kind"] for e in all_of_them)])
     for kind in named:
-        mine = [e["link"] for e in all_of_them if e["kind"] == kind]
+        mine = sorted(
+            (e for e in all_of_them if e["kind"] == kind),
+            key=lambda e: int(e["minutes"]),
+        )
         if mine:
             says = f" {KINDS[kind]}" if kind in KINDS else ""
-            body += f"**{kind}**.{says} {' · '.join(mine)}\n\n"
+            links = [f"{e['link']} ({e['minutes']} min)" for e in mine]
+            body += f"**{kind}**.{says} {' · '.join(links)}\n\n"
     body += "## By difficulty\n\n"
     for dots, says in LEVELS.items():
         mine = [e["link"] for e in all_of_them if e["dots"] == dots]

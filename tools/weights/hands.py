@@ -21,7 +21,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from flamingo_lite import make_scenes
+from flamingo_lite import bootstrap_interval, make_scenes
 from flamingo_lite.data import SIZE
 from flamingo_lite.tasks import NUMBERS
 from tools import ROOT
@@ -81,14 +81,7 @@ def interval(marks, drawings, n_samples=2000, seed=0):
     Returns:
         mean, low, high.
     """
-    number = {drawing: i for i, drawing in enumerate(dict.fromkeys(drawings))}
-    which = [number[drawing] for drawing in drawings]
-    marks, n = np.asarray(marks, dtype=float), len(number)
-    right, shown = np.bincount(which, marks, n), np.bincount(which, minlength=n)
-    lots = np.random.default_rng(seed).integers(0, n, (n_samples, n))
-    shares = right[lots].sum(axis=1) / shown[lots].sum(axis=1)  # (n_samples,)
-    low, high = np.percentile(shares, [2.5, 97.5])
-    return float(marks.mean()), float(low), float(high)
+    return bootstrap_interval(marks, n_samples, seed, groups=drawings)
 
 
 def quarter_numbers(generator, plan, counts):
