@@ -90,15 +90,21 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
+def read_by(notebook):
+    """The weights that a chapter reads, tiny_flamingo only where its code asks for it."""
+    cells = json.loads(notebook.read_text())["cells"]
+    code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    asks = "load_flamingo" in code or "run_command" in code
+    smol = ("smol_flamingo",) if notebook.name.startswith("10") else ()
+    return (*(SHIPPED if asks else SHIPPED[:2]), *smol)
+
+
 def all_stages(root=ROOT):
     """STAGES, and one for each notebook, before those that show what they drew."""
     chapters = []
     for path in sorted((root / "book").glob("[0-9A-Z]*.ipynb")):
         command = f"tools/book/run_notebooks.py book/{path.name}"
-        stands_on = SHIPPED
-        if path.name.startswith("10"):
-            stands_on = (*SHIPPED, "smol_flamingo")
-        chapters.append((path.stem, command, stands_on, ()))
+        chapters.append((path.stem, command, read_by(path), ()))
     return STAGES[:-2] + chapters + STAGES[-2:]
 
 
