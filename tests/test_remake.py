@@ -76,3 +76,20 @@ def test_results_are_of_the_weights_that_ship():
     assert json.loads(notes.read_text()).keys() <= stages.keys()
     states = {name: remake.state_of(stages[name]) for name in remake.read_notes()}
     assert states and set(states.values()) == {"done"}, states
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "reads"),
+    [
+        ("02_a.ipynb", "build_flamingo()", remake.SHIPPED[:2]),
+        ("08_b.ipynb", "load_flamingo('tiny')", remake.SHIPPED),
+        ("C_c.ipynb", "run_command([])", remake.SHIPPED),
+        ("10_d.ipynb", "load_flamingo()", (*remake.SHIPPED, "smol_flamingo")),
+    ],
+)
+def test_a_chapter_is_noted_with_the_weights_that_it_reads(root, name, code, reads):
+    prose = {"cell_type": "markdown", "source": ["`load_flamingo` comes later"]}
+    cells = [prose, {"cell_type": "code", "source": [code]}]
+    (root / "book" / name).write_text(json.dumps({"cells": cells}))
+    (stage,) = (s for s in remake.all_stages(root) if s[0] == name[:-6])
+    assert stage[2] == reads

@@ -91,7 +91,7 @@ def digest(path):
 
 
 def read_by(notebook):
-    """The weights that a chapter reads, tiny_flamingo only where its code asks for it."""
+    """The weights that a chapter reads; a Flamingo only where its code asks for it."""
     cells = json.loads(notebook.read_text())["cells"]
     code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     asks = "load_flamingo" in code or "run_command" in code
