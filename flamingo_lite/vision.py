@@ -161,7 +161,8 @@ def describe_device(device):
     elif device.type == "mps":
         name, memory = "Apple GPU", torch.mps.recommended_max_memory()
     else:
-        name, memory = f"{torch.get_num_threads()} threads", None
+        n_threads, memory = torch.get_num_threads(), None
+        name = "1 thread" if n_threads == 1 else f"{n_threads} threads"
         if hasattr(os, "sysconf"):  # not on Windows
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return ", ".join([str(device), name, *([f"{memory / 1e9:.1f} GB"] * bool(memory))])

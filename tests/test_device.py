@@ -566,8 +566,10 @@ def test_describe_device(monkeypatch):
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12_000_000_000)
     assert describe_device("cuda:1") == "cuda:1, Tesla T4, 15.6 GB"
     assert describe_device(torch.device("mps")) == "mps, Apple GPU, 12.0 GB"
-    said = describe_device("cpu").split(", ")
-    assert said[:2] == ["cpu", f"{torch.get_num_threads()} threads"]
+    for n_threads, words in ((1, "1 thread"), (2, "2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        said = describe_device("cpu").split(", ")
+        assert said[:2] == ["cpu", words]
     assert said[2].endswith(" GB") and float(said[2].split()[0]) > 0.5
 
 
