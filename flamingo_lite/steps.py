@@ -60,15 +60,17 @@ def parameter_groups(model, lr, gate_factor=30.0):
     ]
 
 
-def make_optimizers(model, lr, gate_factor=30.0, with_muon=True):
+def make_optimizers(model, lr, gate_factor=30.0, with_muon=True, rounds_in=None):
     """Muon for matrices and AdamW for the rest; or AdamW for all: list of optimizers.
 
     Args:
         model, lr, gate_factor: see `parameter_groups`.
         with_muon: False, AdamW for all.
+        rounds_in: a torch.dtype for Muon's products; None, what suits the device.
     """
     gates, matrices, others = parameter_groups(model, lr, gate_factor)
-    rounds_in = torch.bfloat16 if _counts_in_bfloat16(model) else None
+    if rounds_in is None and _counts_in_bfloat16(model):
+        rounds_in = torch.bfloat16
     first = [Muon([matrices], lr=lr, dtype=rounds_in)] if with_muon else []
     rest = [gates, others] if with_muon else [gates, matrices, others]
     return [*first, torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), fused=True)]

@@ -479,11 +479,13 @@ def train(
         *(features, texts, n_steps, batch_size, lr, gate_factor, with_muon, seed),
         *(sequences, accumulate, warmup),
     )
+    precision = Precision(precision, together.device)
     rates = {"lr": settings["lr"], "gate_factor": settings["gate_factor"]}
+    rates["rounds_in"] = torch.bfloat16 if precision.name == "bfloat16" else None
     make = functools.partial(make_optimizers, **rates, with_muon=with_muon)
     if not together.is_first:
         report, log = _say_nothing, None
-    precision, optimizers = Precision(precision, together.device), make(model)
+    optimizers = make(model)
     start = model, optimizers, settings, precision, report, together.number
     first, history = _start(checkpoint, *start)
     optimizers = together.share(optimizers, make)
