@@ -847,6 +847,24 @@ def test_rounds_in_bfloat16_are_near_those_in_float32():
     torch.testing.assert_close(tall.transpose(-2, -1), near)
 
 
+@pytest.mark.parametrize(
+    ("precision", "rounds_in"), [("float32", None), ("bfloat16", torch.bfloat16)]
+)
+def test_muon_rounds_in_the_precision_that_is_asked_for(
+    make_model, monkeypatch, precision, rounds_in
+):
+    made = []
+
+    def kept(*args, **kwargs):
+        made.extend(make_optimizers(*args, **kwargs))
+        return made
+
+    monkeypatch.setattr(training, "make_optimizers", kept)
+    go(make_model(), precision=precision, n_steps=1)
+    (muon,) = (one for one in made if isinstance(one, Muon))
+    assert muon.dtype is rounds_in
+
+
 def test_muon_moves_as_pytorchs(make_model):
     """Theirs counts in bfloat16; the same direction, and the same length."""
     weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
