@@ -761,11 +761,11 @@ def test_encode_pictures_is_what_the_model_sees(make_model):
 
 
 def test_data_is_light():
-    """The default size stays under 30 MB, every weights file under 12 MB; the extra
+    """The default size stays under 32 MB, every weights file under 12 MB; the extra
     size smol, which no chapter needs, under 25 MB by itself."""
     files = [p for p in Path(ROOT / "data").rglob("*") if p.is_file()]
     smol = [p for p in files if p.parent.name == "smol_flamingo"]
-    assert sum(p.stat().st_size for p in set(files) - set(smol)) < 30e6
+    assert sum(p.stat().st_size for p in set(files) - set(smol)) < 32e6
     assert sum(p.stat().st_size for p in smol) < 25e6
     for path in set(files) - set(smol):
         assert path.stat().st_size < 12e6, path
