@@ -134,12 +134,12 @@ def test_a_flamingo_on_nothing_is_a_flamingo(tiny):
 
 
 def test_line_drawings_on_nothing_are_named(tiny):
-    """48 of OpenMoji's 113, however they are opened; on black it is 5."""
+    """OpenMoji's, however they are opened: 96 of 113 when measured; on black 74."""
     rows = [r for r in load_captions(ROOT / "data" / "emoji") if r["named"]]
     rows = [row for row in rows if row["studio"] == "openmoji"]
     said = caption(*tiny, [Image.open(row["path"]) for row in rows])
     right = sum(s == row["text"] for s, row in zip(said, rows, strict=True))
-    assert (right, len(rows)) == (48, 113)
+    assert len(rows) == 113 and right >= 90
 
 
 # ---------------------------------------------------------------- what can be given
@@ -357,15 +357,17 @@ def test_blanks_at_the_end_of_a_prompt(small, pictures, blank):
 
 
 def test_a_blank_costs_nothing(tiny):
-    """OpenMoji's names: 48 of 113 with a blank after `<image>` as without; once 0."""
+    """OpenMoji's names: as many with a blank after `<image>` as without; once 0."""
     model, image_processor, tokenizer = tiny
     rows = [r for r in load_captions(ROOT / "data" / "emoji") if r["named"]]
     rows = [row for row in rows if row["studio"] == "openmoji"]
     drawings = [read_picture(row["path"]) for row in rows]
     features = encode_pictures(model.vision_encoder, image_processor, drawings)
-    for prompt in ("<image> ", "<image>\n"):
+    right = []
+    for prompt in ("<image>", "<image> ", "<image>\n"):
         said = caption(model, None, tokenizer, features, prompt)
-        assert sum(s == r["text"] for s, r in zip(said, rows, strict=True)) == 48
+        right.append(sum(s == r["text"] for s, r in zip(said, rows, strict=True)))
+    assert right[0] >= 90 and right == 3 * right[:1]
 
 
 @pytest.mark.parametrize("blank", BLANKS)
