@@ -5,6 +5,7 @@ In headless Chromium, from file://, in empty pages and in the rendered chapters.
 
 import base64
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -212,9 +213,10 @@ def test_a_training_of_lessons_notes_its_looks(tmp_path, monkeypatch, capsys):
     lessons.teach(built, {}, 0, 1, SimpleNamespace(**args, checkpoints=tmp_path))
     found = lessons.read_looks(looks)
     assert [look["step"] for look in found] == [1, 2]
-    printed = capsys.readouterr().out
-    for look in found:
-        assert f"true {look['true']:.3f}  shuffled {look['shuffled']:.3f}" in printed
+    printed = re.findall(r"true ([\d.]+)  shuffled ([\d.]+)", capsys.readouterr().out)
+    for look, said in zip(found, printed, strict=True):  # both are rounded
+        noted = [look["true"], look["shuffled"]]
+        assert noted == pytest.approx([float(x) for x in said], abs=6e-4)
     with looks.open("a") as file:
         file.write('{"step": 1, "true": 5.0, "shuffled": 6.0}\n')
     again = lessons.read_looks(looks)
