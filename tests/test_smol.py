@@ -96,7 +96,7 @@ def captions():
     return said, [scene["text"] for scene in scenes]
 
 
-@pytest.mark.xfail(strict=True, reason="600 steps are too few: 7 of 10, see chapter 10")
+@pytest.mark.xfail(strict=True, reason="after 600 steps it names 7 of 10: chapter 10")
 def test_captions(captions):
     """The easy question: a picture and nothing else."""
     said, texts = captions
