@@ -147,3 +147,17 @@ def test_a_link_to_the_unset_address_leaves_its_words_and_code():
     alone = page_of(nodes.reference("", "Open in Colab", refuri=f"{UNSET}/x"))
     book_links.no_dead_links(app_of(), alone)
     assert alone.astext() == ""
+
+
+def test_a_word_of_the_glossary_in_another_sense_is_not_linked():
+    terms = {
+        ("term", "CLIP"): ("book/glossary", "term-clip"),
+        ("term", "mask"): ("book/glossary", "term-mask"),
+    }
+    app = app_of()
+    app.env.get_domain = lambda _: SimpleNamespace(objects=terms)
+    text = "clip\nart, no label mask, a clip, CLIPs and a mask"
+    document = page_of(nodes.Text(text))
+    book_links.link_terms(app, document, "book/03_cross_attention")
+    assert [said for said, _ in links_of(document)] == ["clip", "mask"]
+    assert document.astext() == text

@@ -61,8 +61,8 @@ def test_below_every_still_stands_where_it_answers():
         if "images/figure_" in cell.source
     ]
     assert len(below) >= len(CHAPTERS)
-    says = "In the rendered book this figure answers:"
-    assert {" ".join(words[:7]) for words in below} == {says}
+    says = "In the rendered book you can use this figure:"
+    assert {" ".join(words[:9]) for words in below} == {says}
 
 
 def resolved(uri, builder="html"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import D_IMG, Bomb, open_gates, random_pixels, tokenize
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor
 
 import flamingo_lite as ours
 from flamingo_lite import load_flamingo, load_vision_encoder, make_labels
@@ -294,6 +294,83 @@ def test_cached_media_and_one_token_at_a_time(models):
         logits.append(torch.cat(steps, dim=1))
     real = torch.cat((mask, torch.ones_like(answer)), dim=1).bool()
     assert_close(logits[0][real], logits[1][real], **TOLERANCE)
+
+
+# Where the reference is wrong: the table of where_you_are_now.md, by running it. Its
+# first row is test_gated_block_that_sees_all_earlier_images.
+
+
+@pytest.mark.parametrize("texts", [["<image> a", "<image> a"], ["<image><image>"] * 2])
+def test_the_reference_does_not_count_pictures(models, texts):
+    """Two pictures beside one `<image>`, or one beside two."""
+    mine, reference, tokenizer = models
+    ids, mask = tokenize(tokenizer, texts)
+    n_images = 3 - texts[0].count("<image>")
+    pixels = random_pixels([n_images] * 2, n_images)
+    with torch.no_grad():
+        assert reference(pixels, ids, mask).logits.isfinite().all()
+        with pytest.raises(ValueError, match="image"):
+            mine(pixels, ids, mask)
+
+
+class Forced(LogitsProcessor):
+    """Every row writes the tokens that it is told to; row 0's scores are kept.
+
+    tokens: for each step one of each row, or an error that stops the writing.
+    """
+
+    def __init__(self, tokens):
+        self.tokens, self.scores = iter(tokens), []
+
+    def __call__(self, input_ids, scores):
+        self.scores.append(scores[0].clone())
+        step = next(self.tokens)
+        if isinstance(step, BaseException):
+            raise step
+        forced = torch.full_like(scores, -1e9)
+        return forced.scatter(1, torch.tensor(step)[:, None], 0.0)
+
+
+def scores_of_row_0(model, tokenizer, pixels, row_1):
+    """(steps, vocab) of row 0, while row 1 writes these words."""
+    ids, attention_mask = tokenize(tokenizer, ["<image> a", "<image> a"])
+    word = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(" a"))[0]
+    other = {"<image>": tokenizer.convert_tokens_to_ids("<image>"), "a": word}
+    forced = Forced([(word, other[said]) for said in row_1])
+    settings = {"attention_mask": attention_mask, "max_new_tokens": len(row_1)}
+    model.generate(pixels, ids, logits_processor=[forced], do_sample=False, **settings)
+    return torch.stack(forced.scores)
+
+
+def test_the_reference_forgets_all_pictures_once_one_row_writes_image(models):
+    mine, reference, tokenizer = models
+    pixels = random_pixels([1, 1], 1)
+    for model, forgets in ((mine, False), (reference, True)):
+        usual = scores_of_row_0(model, tokenizer, pixels, ["a", "a", "a", "a"])
+        beside = scores_of_row_0(model, tokenizer, pixels, ["a", "<image>", "a", "a"])
+        assert_close(beside[:2], usual[:2], **TOLERANCE)
+        for before, after in zip(usual[2:], beside[2:], strict=True):
+            assert torch.allclose(before, after, **TOLERANCE) != forgets
+
+
+def test_the_reference_is_stuck_after_an_interruption(models):
+    mine, reference, tokenizer = models
+    pixels = random_pixels([1, 1], 1)
+    ids, mask = tokenize(tokenizer, ["<image> a", "<image> a"])
+    for model in (mine, reference):
+        with torch.no_grad():
+            before = model(pixels, ids, mask).logits
+        stopped = [Forced([KeyboardInterrupt()])]
+        with pytest.raises(KeyboardInterrupt):
+            settings = {"logits_processor": stopped, "max_new_tokens": 2}
+            model.generate(pixels, ids, attention_mask=mask, **settings)
+        if model is mine:
+            with torch.no_grad():
+                assert torch.equal(model(pixels, ids, mask).logits, before)
+        else:
+            with pytest.raises(AssertionError):
+                model(pixels, ids, mask)
+            model.uncache_media()  # for the next test
 
 
 @pytest.fixture

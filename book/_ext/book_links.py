@@ -21,6 +21,13 @@ CHAPTER = re.compile(r"(?<![\w-])(?:[Cc]hapters?|Appendix|[Aa]ppendices)\s+")
 ONE = r"(?:\d{1,2}[a-e]?|[A-E])\b(?!\.\d)"  # A.1.1 is an appendix of some paper
 NUMBERS = re.compile(rf"(?:(?:,\s+|\s+and\s+|\s+to\s+)?{ONE})+")
 NUMBER = re.compile(r"\d{1,2}[a-e]?|[A-E]")
+# Here a word of the glossary means something else, or is part of a name.
+OTHER_SENSES = (
+    "clip art", "in our heads", "in your head", "and a patch", "into one frame",
+    "in pieces, chunks", "label mask", "attention mask", "attention_mask",
+    "Three files make a cache", "names in the cache", "from the cache", "in the cache",
+    "Frozen, 7 B",
+)  # fmt: skip
 EXERCISE = re.compile(rf"(?<![\w-])[Ee]xercise\s+(({NUMBER.pattern})\.\d+)\b")
 
 
@@ -189,11 +196,14 @@ def link_terms(app, doctree, docname):
         return
     by_letters = {word.lower(): target for word, target in words.items()}
     any_word = "|".join(map(re.escape, words))
-    pattern = re.compile(rf"(?<![\w-])({any_word})(?![\w-])", re.I)
+    skipped = "|".join(re.escape(said).replace(r"\ ", r"\s+") for said in OTHER_SENSES)
+    pattern = re.compile(rf"(?<![\w-])(?:{skipped}|({any_word}))(?![\w-])", re.I)
     done = set()
     for text in running_text(doctree):
         links = {}
         for match in pattern.finditer(text):
+            if match[1] is None:
+                continue
             page, anchor = by_letters[match[0].lower()]
             if anchor in done:
                 continue

@@ -38,9 +38,12 @@ the solutions run whenever the notebook does. ●○○ is short, ●●○ take
 takes more. By kind, below, the shortest come first.
 
 A way to work: open the chapter in Jupyter or Colab, write your answer into the cell
-below the question, and run it. Where you are asked to predict, write your guess down
-first. Short of time? Take those of chapters 3 and 6, where the ideas are, and then
-those that say *break and mend*.
+below the question, and run it; first run what stands above it, which it uses. Where
+you are asked to predict, write your guess down first. Ten minutes, and something to
+predict?
+[1.1](01_clip_features.ipynb#exercises) or [3.3](03_cross_attention.ipynb#exercises). An
+evening? Those of chapters 3 and 6, where the ideas are, and then those that say *break
+and mend*.
 
 """
 API_HEAD = """\
@@ -238,7 +241,8 @@ def stamp_scores(page, notebook):
         for name, true, other in SCORES.findall(text):
             found.setdefault(name, f"{true} and {other}")
     says = "; ".join(f"{name} {pair}" for name, pair in found.items())
-    says = f"Its loss with the right picture and with another: {says}." * bool(found)
+    what = "The loss of that page's model with the right picture and another"
+    says = f"{what}: {says}." * bool(found)
     return re.sub(
         r"<!-- scores -->.*?<!-- /scores -->",
         lambda _: f"<!-- scores -->{says}<!-- /scores -->",
