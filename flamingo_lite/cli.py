@@ -18,8 +18,10 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -68,7 +70,7 @@ def _add_train(add):
     add("--precision", choices=("float32", "bfloat16", "float16"))
     add("--validation", metavar="FOLDER", help="pictures that it is tested on")
     add("--report-every", type=count, default=50, help=f"steps to a checkpoint {of}")
-    _add_shared(add, "--features", "--skip-broken")
+    _add_shared(add, "--features", "--encode-batch", "--skip-broken")
 
 
 def _add_caption(add):
@@ -81,7 +83,9 @@ def _add_caption(add):
 def _add_score(add):
     """The options of `score`."""
     add("--images", required=True, metavar="FOLDER", help="with their true captions")
-    _add_shared(add, "--model", "--features", "--json", "--skip-broken")
+    _add_shared(
+        add, "--model", "--features", "--encode-batch", "--json", "--skip-broken"
+    )
 
 
 def _add_info(add):
@@ -95,6 +99,9 @@ def _add_shared(add, *names):
         add("--model", metavar="FOLDER", help="what `train` wrote (default: tiny)")
     if "--features" in names:
         add("--features", metavar="FOLDER", help="keeps what the eye has seen")
+    if "--encode-batch" in names:
+        says = "pictures before the eye at a time (default: %(default)s)"
+        add("--encode-batch", type=_number(int, 1), default=96, help=says)
     if "--json" in names:
         add("--json", action="store_true", help="print JSON")
     if "--skip-broken" in names:
@@ -139,10 +146,30 @@ def _kept():
 
 def _features(model, image_processor, rows, options):
     """What the vision encoder makes of the pictures, kept on disk for the next time."""
-    folder = options.features or _kept() / "features"
-    return flamingo_lite.cache_features(
-        folder, model.vision_encoder, image_processor, rows
-    )
+    folder, n = options.features or _kept() / "features", options.encode_batch
+    encode = partial(flamingo_lite.cache_features, batch_size=n)
+    try:
+        return encode(folder, model.vision_encoder, image_processor, rows)
+    except RuntimeError as error:
+        if n == 1 or not _is_out_of_memory(error):
+            raise
+        problem = f"the device has too little memory to encode {n} pictures at a time"
+        raise ValueError(f"{problem}: try --encode-batch {n // 2}") from error
+
+
+def _is_out_of_memory(error):
+    """Whether a RuntimeError is of memory, and to be told in a line."""
+    return "out of memory" in str(error) and "FLAMINGO_LITE_DEBUG" not in os.environ
+
+
+def _with_less_memory(error, options):
+    """What to do where memory ran out: the advice of `train`, as options."""
+    if not hasattr(options, "accumulate"):
+        return "try --device cpu"
+    found = re.search(r"batch_size=(\d+) and accumulate=(\d+)", str(error))
+    if found is None:
+        return "--batch-size cannot be smaller; take a smaller --size"
+    return "try --batch-size {} --accumulate {}".format(*found.groups())
 
 
 def _check_out(out, resume):
@@ -358,9 +385,9 @@ def run_command(words=None):
         _say("error: " + " ".join(str(error).split()))
         return 2
     except RuntimeError as error:
-        if "out of memory" not in str(error) or "FLAMINGO_LITE_DEBUG" in os.environ:
+        if not _is_out_of_memory(error):
             raise
-        way_out = "try a smaller --batch-size and a larger --accumulate"
+        way_out = _with_less_memory(error, options)
         _say(f"error: the device has too little memory: {way_out}")
         return 2
     return 0

@@ -499,5 +499,31 @@ def test_too_little_memory_is_said_with_what_to_change(
     monkeypatch.setattr(training, "training_step", too_little)
     words = ["train", "--images", images, "--out", tmp_path / "out", *STEPS]
     code, _, told = command(*words)
-    way_out = "a smaller --batch-size and a larger --accumulate"
-    assert code == 2 and told.rstrip().endswith(way_out)
+    assert code == 2 and told.rstrip().endswith("try --batch-size 1 --accumulate 3")
+    words[-1] = 1
+    code, _, told = command(*words, "--resume")
+    assert code == 2 and "--batch-size cannot be smaller" in told
+
+
+def test_too_little_memory_for_encoding_is_said_with_what_to_change(
+    command, images, tmp_path, monkeypatch
+):
+    real, tried = cli.flamingo_lite.cache_features, []
+
+    def too_little(*args, batch_size, **kwargs):
+        tried.append(batch_size)
+        if batch_size > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return real(*args, batch_size=batch_size, **kwargs)
+
+    monkeypatch.setattr(cli.flamingo_lite, "cache_features", too_little, raising=False)
+    for words in (
+        ["train", "--images", images, "--out", tmp_path / "out", *STEPS],
+        ["score", "--images", images, "--features", tmp_path / "seen"],
+    ):
+        code, _, told = command(*words)
+        assert code == 2 and told.rstrip().endswith(
+            "too little memory to encode 96 pictures at a time: try --encode-batch 48"
+        )
+    code, _, told = command(*words, "--encode-batch", 8)
+    assert code == 0 and tried == [96, 96, 8]
