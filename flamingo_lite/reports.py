@@ -13,8 +13,10 @@ __all__ = [
     "bootstrap_interval",
 ]
 
+import contextlib
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,8 +31,11 @@ def memory_in_use(device):
     """The most bytes in use so far: of a GPU, or of this process; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, TypeError):
+        status = Path("/proc/self/status").read_text()  # Linux
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     try:
-        import resource  # not on Windows
+        import resource  # not on Windows; on Linux it starts at the parent's memory
     except ImportError:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -194,6 +194,20 @@ def test_one_of_each_shape_counts_for_all():
     assert moved == [True, False, True, False]
 
 
+def test_what_each_optimizer_learns(tmp_path):
+    """The smallest form: three runs, the third with AdamW for about as long."""
+    out = tmp_path / "runs.json"
+    words = ["--scenes", 20, "--steps", 3, "--seeds", 1, "--tests", 4, "--out", out]
+    code, _, told = call_tool("compare_optimizers", *words)
+    assert code == 0, told
+    runs = json.loads(out.read_text())
+    assert [run["optimizer"] for run in runs] == ["Muon", "AdamW", "AdamW"]
+    assert runs[0]["steps"] == runs[1]["steps"] == 3 and runs[2]["steps"] >= 1
+    for run in runs:
+        assert len(run["Twemoji"]) == len(run["trained studios"]) == 4
+        assert run["processor seconds"] > 0
+
+
 # ------------------------------------------------------------------------ own pictures
 
 

@@ -76,6 +76,12 @@ STAGES = [
         ("tiny_clip", "tiny_opt"),
         ("data/own_pictures.json",),
     ),
+    (
+        "optimizers",
+        f"{MEASURE}/compare_optimizers.py",
+        ("tiny_clip", "tiny_opt"),
+        ("data/optimizers_tiny.json",),
+    ),
     ("data compared", f"{MEASURE}/compare_data.py", (), ("data/compare_data.json",)),
     ("cover", "tools/book/make_cover.py", SHIPPED, ()),
     ("stills", "tools/book/make_stills.py", SHIPPED, ()),

@@ -28,7 +28,6 @@ import functools
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -389,13 +388,17 @@ def group_growth(size, cases, repeats):
 
 def peak(which, size, cases, with_checkpointing):
     """Peak memory of this process, in megabytes, after two steps of the last case."""
+    import torch
+
+    from flamingo_lite.reports import memory_in_use
+
     model = build(which, False, size, with_checkpointing)
     if with_checkpointing and which == "theirs":
         wrap_theirs(model)
     call = calls_of({which: model}, size, cases[-1])[which]
     for _ in range(2):
         call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return memory_in_use(torch.device("cpu")) / 2**20
 
 
 def group_memory(size, cases, repeats):

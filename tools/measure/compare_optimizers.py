@@ -2,13 +2,15 @@
 """Compare Muon with AdamW: what each learns, and what a step of each costs.
 
     python tools/measure/compare_optimizers.py
-        three minutes on two cores
+        ten minutes on one core
     python tools/measure/compare_optimizers.py --size paper
-        ten minutes there
+        a minute or two on two cores, or ten, if they have no half precision
 
-The first trains the tiny Flamingo for 200 steps with each: same start, same batches.
-Prints the mean loss of each fifth of the run, the pace, and how many of 200 new
-pictures of single things are named right.
+The first trains the tiny Flamingo for 200 steps with each, same start, same batches,
+and a third time with AdamW for as long as Muon took; two seeds. It writes a line for
+each run, data/optimizers_tiny.json: processor seconds, the mean loss of each fifth of
+the run, and which of 200 new pictures of single things are named right, by the trained
+studios and by Twemoji.
 
 The second takes the matrices that a Flamingo of CLIP ViT-L-14 and OPT-125m trains, with
 random numbers in them and in their gradients, and measures one step of each optimizer,
@@ -52,41 +54,55 @@ from flamingo_lite import (
 )
 from tools import ROOT
 
+SETS = ("trained studios", "Twemoji")
 
-def learn(scenes, steps, seed):
-    """What each optimizer learns in so many steps, on the tiny Flamingo."""
+
+def one_run(data, tests, steps, seed, with_muon):
+    """Train a tiny Flamingo, and what it learned: a dict of numbers and marks."""
+    torch.manual_seed(seed)
+    model, _, tokenizer = build_flamingo("tiny")
+    model = model.to(choose_device())
+    started = time.process_time()
+    quiet = {"seed": seed, "report": lambda line: None}
+    history = train(
+        model, tokenizer, *data, n_steps=steps, with_muon=with_muon, **quiet
+    )
+    taken = time.process_time() - started
+    losses = torch.tensor([entry["loss"] for entry in history])
+    run = {
+        "optimizer": "Muon" if with_muon else "AdamW",
+        "steps": steps,
+        "seed": seed,
+        "processor seconds": round(taken, 1),
+        "loss by fifths": [round(part.mean().item(), 3) for part in losses.chunk(5)],
+    }
+    for name, (features, scenes) in tests.items():
+        said = caption(model, None, tokenizer, features)
+        run[name] = [int(mark) for mark in score_captions(said, scenes)["exact"]]
+    return run
+
+
+def learn(n_scenes, steps, seeds, n_tests, write):
+    """What each optimizer learns in so many steps, and AdamW in as much time."""
     rows = [row for row in load_captions(ROOT / "data" / "emoji") if row["named"]]
-    rows = [row for row in rows if row["trained"]]
-    scenes = make_scenes(rows, scenes, seed=1)
-    test = make_scenes(rows, 200, seed=5, pairs=0.0)
-    for name, with_muon in (("Muon", True), ("AdamW", False)):
-        torch.manual_seed(seed)
-        model, image_processor, tokenizer = build_flamingo("tiny")
-        model = model.to(choose_device())
-        features, unseen = (
-            encode_pictures(
-                model.vision_encoder, image_processor, [s["picture"] for s in some]
-            )
-            for some in (scenes, test)
-        )
-        started = time.perf_counter()
-        history = train(
-            model,
-            tokenizer,
-            features,
-            [scene["text"] for scene in scenes],
-            n_steps=steps,
-            with_muon=with_muon,
-            seed=seed,
-            report=lambda line: None,
-        )
-        pace = (time.perf_counter() - started) / steps
-        losses = torch.tensor([entry["loss"] for entry in history])
-        fifths = [f"{part.mean():.2f}" for part in losses.chunk(5)]
-        captions = caption(model, image_processor, tokenizer, unseen)
-        exact = score_captions(captions, test)["exact"]
-        print(f"{name:6s} loss {' '.join(fifths)}  {pace:.2f} s/step", flush=True)
-        print(f"{name:6s} named right {sum(exact) / len(exact):.1%}", flush=True)
+    trained = [row for row in rows if row["trained"]]
+    unseen = [row for row in rows if row["studio"] == "twemoji"]
+    scenes = make_scenes(trained, n_scenes, seed=1)
+    shown = {
+        name: make_scenes(drawn, n_tests, seed=5 + i, pairs=0.0)
+        for i, (name, drawn) in enumerate(zip(SETS, (trained, unseen), strict=True))
+    }
+    model, image_processor, _ = build_flamingo("tiny")
+    encode = partial(encode_pictures, model.vision_encoder, image_processor)
+    data = encode([s["picture"] for s in scenes]), [s["text"] for s in scenes]
+    tests = {k: (encode([s["picture"] for s in v]), v) for k, v in shown.items()}
+    runs = []
+    for seed in range(seeds):
+        muon = one_run(data, tests, steps, seed, with_muon=True)
+        adamw = one_run(data, tests, steps, seed, with_muon=False)
+        more = steps * muon["processor seconds"] / adamw["processor seconds"]
+        runs += [muon, adamw, one_run(data, tests, max(1, round(more)), seed, False)]
+        write(runs)
 
 
 def paper_model(device):
@@ -210,18 +226,29 @@ def main():
     parser.add_argument("--size", choices=("tiny", "paper"), default="tiny")
     parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2, help="tiny")
+    parser.add_argument("--tests", type=int, default=200, help="tiny: pictures a set")
+    parser.add_argument("--threads", type=int, help="default: one; paper, two")
     parser.add_argument("--batch-size", type=int, default=4, help="paper")
     parser.add_argument("--text", type=int, default=32, help="paper: tokens in a row")
     parser.add_argument("--repeats", type=int, default=3, help="paper")
     parser.add_argument("--matrices", type=int, help="paper: only so many, for a look")
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "optimizers.json")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    is_tiny = args.size == "tiny"
+    torch.set_num_threads(args.threads or (1 if is_tiny else 2))
     torch.set_flush_denormal(True)
-    if args.size == "tiny":
-        return learn(args.scenes, args.steps, args.seed)
+    name = "optimizers_tiny.json" if is_tiny else "optimizers.json"
+    args.out = args.out or ROOT / "data" / name
+    if is_tiny:
+
+        def write(runs):
+            lines = ",\n".join(map(json.dumps, runs))
+            args.out.write_text(f"[\n{lines}\n]\n")
+            for run in runs[-3:]:
+                print({k: sum(v) if k in SETS else v for k, v in run.items()})
+
+        return learn(args.scenes, args.steps, args.seeds, args.tests, write)
     found = measure(args.batch_size, args.repeats, args.text, args.matrices)
     args.out.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
