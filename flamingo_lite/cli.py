@@ -65,7 +65,8 @@ def _add_train(add):
     add("--steps", type=count, default=1000, help=of)
     add("--batch-size", type=size, default=64, help=f"pictures at a time {of}")
     add("--accumulate", type=size, default=1, help=f"times that many in a step {of}")
-    add("--lr", type=_number(float, 0), default=1e-3, help=f"learning rate {of}")
+    rate = "learning rate (default: 1e-3, of paper 2e-4)"
+    add("--lr", type=_number(float, 0), help=rate)
     add("--seed", type=count, default=0, help=of)
     add("--precision", choices=("float32", "bfloat16", "float16"))
     add("--validation", metavar="FOLDER", help="pictures that it is tested on")
@@ -189,6 +190,13 @@ def _check_out(out, resume):
         )
 
 
+def _rate(options):
+    """The learning rate: as asked for, or by size; see chapter 12."""
+    if options.lr is None:
+        return 2e-4 if options.size == "paper" else 1e-3
+    return options.lr
+
+
 def _train(options):
     """Train a new model, or go on with one, and save it."""
     import torch
@@ -218,7 +226,7 @@ def _train(options):
         n_steps=options.steps,
         batch_size=options.batch_size,
         accumulate=options.accumulate,
-        lr=options.lr,
+        lr=_rate(options),
         seed=options.seed,
         checkpoint=out / _CHECKPOINT,
         report_every=options.report_every,

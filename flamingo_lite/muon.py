@@ -29,8 +29,9 @@ def orthogonalise(matrices, rounds=5, dtype=None):
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal, for matrices only (Jordan et al. 2024).
 
-    A step has the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that the same
-    learning rate serves both. A (3 d, d) matrix of queries, keys and values is three.
+    A step has the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that a
+    learning rate means about the same to both. A (3 d, d) matrix of queries, keys and
+    values is three.
 
     Args:
         params: matrices, or groups of them.

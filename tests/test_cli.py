@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,15 @@ def test_a_seed_and_a_rate_reach_the_run(images, tmp_path, monkeypatch):
     assert run_command([*words, "--seed", 7, "--lr", "1e-4", "--accumulate", 2]) == 0
     assert (asked[0]["seed"], asked[0]["lr"]) == (7, 1e-4)
     assert (asked[0]["batch_size"], asked[0]["accumulate"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "size, lr, wanted",
+    [("tiny", None, 1e-3), ("paper", None, 2e-4), ("paper", 0.0, 0.0)],
+)
+def test_the_rate_is_as_asked_for_or_by_size(size, lr, wanted):
+    options = SimpleNamespace(size=size, lr=lr)
+    assert cli._rate(options) == wanted
 
 
 def test_caption_prints_a_line_for_each_picture(command):

@@ -208,6 +208,22 @@ def test_what_each_optimizer_learns(tmp_path):
         assert run["processor seconds"] > 0
 
 
+def test_what_each_rate_learns(tmp_path):
+    """The smallest form, two runs; and the rates that are shown are those tried."""
+    out = tmp_path / "rates.json"
+    words = ["--rates", "--scenes", 20, "--trials", 2, "--tests", 4, "--out", out]
+    code, _, told = call_tool("compare_optimizers", *words)
+    assert code == 0, told
+    runs = json.loads(out.read_text())
+    shown = json.loads((ROOT / "data" / "rates_tiny.json").read_text())
+    assert [run["seed"] for run in runs] == [0, 1]
+    assert all(run.keys() == shown[0].keys() for run in runs + shown)
+    trials = tool("compare_optimizers").TRIALS
+    tried = [(*how, lr, s) for how in trials for lr in trials[how] for s in trials[how][lr]]
+    names = ("optimizer", "steps", "lr", "seed")
+    assert [tuple(run[name] for name in names) for run in shown] == tried
+
+
 # ------------------------------------------------------------------------ own pictures
 
 

@@ -82,6 +82,12 @@ STAGES = [
         ("tiny_clip", "tiny_opt"),
         ("data/optimizers_tiny.json",),
     ),
+    (
+        "rates",
+        f"{MEASURE}/compare_optimizers.py --rates",
+        ("tiny_clip", "tiny_opt"),
+        ("data/rates_tiny.json",),
+    ),
     ("data compared", f"{MEASURE}/compare_data.py", (), ("data/compare_data.json",)),
     ("cover", "tools/book/make_cover.py", SHIPPED, ()),
     ("stills", "tools/book/make_stills.py", SHIPPED, ()),

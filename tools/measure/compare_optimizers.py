@@ -3,6 +3,8 @@
 
     python tools/measure/compare_optimizers.py
         ten minutes on one core
+    python tools/measure/compare_optimizers.py --rates
+        forty minutes on one core
     python tools/measure/compare_optimizers.py --size paper
         a minute or two on two cores, or ten, if they have no half precision
 
@@ -12,7 +14,12 @@ each run, data/optimizers_tiny.json: processor seconds, the mean loss of each fi
 the run, and which of 200 new pictures of single things are named right, by the trained
 studios and by Twemoji.
 
-The second takes the matrices that a Flamingo of CLIP ViT-L-14 and OPT-125m trains, with
+The second takes the run of chapter 9, 9,000 scenes and 280 steps of Muon, or as many of
+AdamW as go into the same time, with one learning rate after another, TRIALS. It writes
+a line for each run, data/rates_tiny.json: the mean loss of the last 20 steps, and of
+chapter 9's test sets the share that is captioned right, word for word.
+
+The third takes the matrices that a Flamingo of CLIP ViT-L-14 and OPT-125m trains, with
 random numbers in them and in their gradients, and measures one step of each optimizer,
 and forward and backward of the model beside it: interleaved, medians. A CPU without
 half-precision arithmetic takes minutes for a step of Muon in it, so there one matrix of
@@ -80,6 +87,65 @@ def one_run(data, tests, steps, seed, with_muon):
         said = caption(model, None, tokenizer, features)
         run[name] = [int(mark) for mark in score_captions(said, scenes)["exact"]]
     return run
+
+
+TRIALS = {  # rates and seeds; steps: 280 of Muon take as long as 430 of AdamW
+    ("Muon", 280): {1e-3: (0, 1), 2e-3: (0,), 4e-3: (0, 1), 6e-3: (1,), 8e-3: (0, 1)},
+    ("AdamW", 430): {1e-3: (0, 1), 2e-3: (0, 1), 3e-3: (1,), 4e-3: (0,)},
+}
+
+
+def chapter_tests(n):
+    """The test sets of chapter 9, `n` scenes in each of the two large ones."""
+    rows = [row for row in load_captions(ROOT / "data" / "emoji") if row["named"]]
+    hands = [row for row in load_captions(ROOT / "data" / "hands") if row["named"]]
+    hands = [{**row, "studio": row["file_name"]} for row in hands if not row["trained"]]
+    trained = [row for row in rows if row["trained"]]
+    twemoji, openmoji = (
+        [row for row in rows if row["studio"] == studio]
+        for studio in ("twemoji", "openmoji")
+    )
+    few = 3 * n // 4
+    return trained, {
+        "trained studios": make_scenes(trained, n, seed=2, pairs=0.0),
+        "Twemoji": make_scenes(twemoji, few, seed=3, pairs=0.0),
+        "OpenMoji": make_scenes(openmoji, few, seed=4, pairs=0.0),
+        "unseen clip art": make_scenes(hands, few, seed=6, pairs=0.0),
+        "held-out pairs": make_scenes(trained, n, seed=5, pairs=1.0, held_out=True),
+    }
+
+
+def try_rates(trials, n_scenes, n_tests, write):
+    """The run of chapter 9 with each optimizer and rate of `trials`."""
+    rows, tests = chapter_tests(n_tests)
+    scenes = make_scenes(rows, n_scenes, seed=1)
+    model, image_processor, _ = build_flamingo("tiny")
+    encode = partial(encode_pictures, model.vision_encoder, image_processor)
+    features, texts = (
+        encode([s["picture"] for s in scenes]),
+        [s["text"] for s in scenes],
+    )
+    shown = {k: (encode([s["picture"] for s in v]), v) for k, v in tests.items()}
+    runs = []
+    for (name, steps), rates in trials.items():
+        for lr, seed in ((lr, seed) for lr, seeds in rates.items() for seed in seeds):
+            torch.manual_seed(seed)
+            model, _, tokenizer = build_flamingo("tiny")
+            model = model.to(choose_device())
+            quiet = {"seed": seed, "report": lambda line: None}
+            how = {"n_steps": steps, "lr": lr, "with_muon": name == "Muon"}
+            started = time.process_time()
+            history = train(model, tokenizer, features, texts, **how, **quiet)
+            taken = round(time.process_time() - started)
+            loss = statistics.mean(entry["loss"] for entry in history[-20:])
+            run = {"optimizer": name, "steps": steps, "lr": lr, "seed": seed}
+            run |= {"processor seconds": taken, "loss": round(loss, 3)}
+            for test, (some, them) in shown.items():
+                said = caption(model, None, tokenizer, some)
+                right = statistics.mean(score_captions(said, them)["exact"])
+                run[test] = round(right, 2)
+            runs.append(run)
+            write(runs)
 
 
 def learn(n_scenes, steps, seeds, n_tests, write):
@@ -224,10 +290,13 @@ def measure(batch_size, repeats, T_txt, layers=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("tiny", "paper"), default="tiny")
-    parser.add_argument("--scenes", type=int, default=6000)
+    parser.add_argument("--rates", action="store_true", help="tiny: several of them")
+    parser.add_argument("--scenes", type=int, help="default: 6000; rates, 9000")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2, help="tiny")
-    parser.add_argument("--tests", type=int, default=200, help="tiny: pictures a set")
+    tests = "tiny: pictures a set; default: 200; rates, 400"
+    parser.add_argument("--tests", type=int, help=tests)
+    parser.add_argument("--trials", type=int, help="rates: only so many, for a look")
     parser.add_argument("--threads", type=int, help="default: one; paper, two")
     parser.add_argument("--batch-size", type=int, default=4, help="paper")
     parser.add_argument("--text", type=int, default=32, help="paper: tokens in a row")
@@ -239,7 +308,20 @@ def main():
     torch.set_num_threads(args.threads or (1 if is_tiny else 2))
     torch.set_flush_denormal(True)
     name = "optimizers_tiny.json" if is_tiny else "optimizers.json"
+    name = "rates_tiny.json" if args.rates else name
     args.out = args.out or ROOT / "data" / name
+    if is_tiny and args.rates:
+
+        def write_rates(runs):
+            lines = ",\n".join(map(json.dumps, runs))
+            args.out.write_text(f"[\n{lines}\n]\n")
+            print(lines.splitlines()[-1], flush=True)
+
+        trials = TRIALS
+        if args.trials:
+            trials = {("Muon", 2): {1e-3: range(args.trials)}}
+        numbers = args.scenes or 9000, args.tests or 400
+        return try_rates(trials, *numbers, write_rates)
     if is_tiny:
 
         def write(runs):
@@ -248,7 +330,8 @@ def main():
             for run in runs[-3:]:
                 print({k: sum(v) if k in SETS else v for k, v in run.items()})
 
-        return learn(args.scenes, args.steps, args.seeds, args.tests, write)
+        numbers = args.scenes or 6000, args.steps, args.seeds, args.tests or 200
+        return learn(*numbers, write)
     found = measure(args.batch_size, args.repeats, args.text, args.matrices)
     args.out.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
