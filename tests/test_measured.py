@@ -219,7 +219,12 @@ def test_what_each_rate_learns(tmp_path):
     assert [run["seed"] for run in runs] == [0, 1]
     assert all(run.keys() == shown[0].keys() for run in runs + shown)
     trials = tool("compare_optimizers").TRIALS
-    tried = [(*how, lr, s) for how in trials for lr in trials[how] for s in trials[how][lr]]
+    tried = [
+        (*how, lr, seed)
+        for how, rates in trials.items()
+        for lr, seeds in rates.items()
+        for seed in seeds
+    ]
     names = ("optimizer", "steps", "lr", "seed")
     assert [tuple(run[name] for name in names) for run in shown] == tried
 
