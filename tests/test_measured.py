@@ -208,6 +208,13 @@ def test_what_each_optimizer_learns(tmp_path):
         assert run["processor seconds"] > 0
 
 
+def test_rates_of_the_paper_size_are_refused(tmp_path):
+    out = tmp_path / "rates.json"
+    words = ["--rates", "--size", "paper", "--out", out]
+    code, _, told = call_tool("compare_optimizers", *words)
+    assert code == 2 and "leave --size out" in told and not out.exists()
+
+
 def test_what_each_rate_learns(tmp_path):
     """The smallest form, two runs; and the rates that are shown are those tried."""
     out = tmp_path / "rates.json"

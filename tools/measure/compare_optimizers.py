@@ -121,10 +121,8 @@ def try_rates(trials, n_scenes, n_tests, write):
     scenes = make_scenes(rows, n_scenes, seed=1)
     model, image_processor, _ = build_flamingo("tiny")
     encode = partial(encode_pictures, model.vision_encoder, image_processor)
-    features, texts = (
-        encode([s["picture"] for s in scenes]),
-        [s["text"] for s in scenes],
-    )
+    features = encode([s["picture"] for s in scenes])
+    texts = [s["text"] for s in scenes]
     shown = {k: (encode([s["picture"] for s in v]), v) for k, v in tests.items()}
     runs = []
     for (name, steps), rates in trials.items():
@@ -167,8 +165,10 @@ def learn(n_scenes, steps, seeds, n_tests, write):
         muon = one_run(data, tests, steps, seed, with_muon=True)
         adamw = one_run(data, tests, steps, seed, with_muon=False)
         more = steps * muon["processor seconds"] / adamw["processor seconds"]
-        runs += [muon, adamw, one_run(data, tests, max(1, round(more)), seed, False)]
-        write(runs)
+        longer = one_run(data, tests, max(1, round(more)), seed, with_muon=False)
+        for run in (muon, adamw, longer):
+            runs.append(run)
+            write(runs)
 
 
 def paper_model(device):
@@ -305,33 +305,27 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     is_tiny = args.size == "tiny"
+    if args.rates and not is_tiny:
+        parser.error("--rates are of the tiny size: leave --size out")
     torch.set_num_threads(args.threads or (1 if is_tiny else 2))
     torch.set_flush_denormal(True)
     name = "optimizers_tiny.json" if is_tiny else "optimizers.json"
     name = "rates_tiny.json" if args.rates else name
     args.out = args.out or ROOT / "data" / name
-    if is_tiny and args.rates:
-
-        def write_rates(runs):
-            lines = ",\n".join(map(json.dumps, runs))
-            args.out.write_text(f"[\n{lines}\n]\n")
-            print(lines.splitlines()[-1], flush=True)
-
-        trials = TRIALS
-        if args.trials:
-            trials = {("Muon", 2): {1e-3: range(args.trials)}}
-        numbers = args.scenes or 9000, args.tests or 400
-        return try_rates(trials, *numbers, write_rates)
     if is_tiny:
 
         def write(runs):
             lines = ",\n".join(map(json.dumps, runs))
             args.out.write_text(f"[\n{lines}\n]\n")
-            for run in runs[-3:]:
-                print({k: sum(v) if k in SETS else v for k, v in run.items()})
+            run = runs[-1]
+            print({k: sum(v) if isinstance(v, list) else v for k, v in run.items()})
 
-        numbers = args.scenes or 6000, args.steps, args.seeds, args.tests or 200
-        return learn(*numbers, write)
+        if not args.rates:
+            numbers = args.scenes or 6000, args.steps, args.seeds, args.tests or 200
+            return learn(*numbers, write)
+        few = {("Muon", 2): {1e-3: range(args.trials or 0)}}
+        trials = few if args.trials else TRIALS
+        return try_rates(trials, args.scenes or 9000, args.tests or 400, write)
     found = measure(args.batch_size, args.repeats, args.text, args.matrices)
     args.out.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
