@@ -27,6 +27,7 @@ _HOME = {
     "TimmTower": "vision",
     "load_vision_encoder": "vision",
     "FeedForward": "perceiver",
+    "standardize": "perceiver",
     "PerceiverAttention": "perceiver",
     "PerceiverResampler": "perceiver",
     "FEW": "cross_attention",

@@ -215,7 +215,12 @@ def kept_for_backward(
 def _kept_of_picture(sizes, F, half):
     """Bytes that the Perceiver keeps of one picture."""
     layers = sizes["perceiver"]["depth"] * _kept_of_reading(sizes, F, half)
-    return layers + _kept_latents(sizes)
+    return layers + _kept_latents(sizes) + _kept_tokens(sizes, F, half)
+
+
+def _kept_tokens(sizes, F, half):
+    """Bytes of a picture's visual tokens, standardised: once for all layers."""
+    return half * F * sizes["vision"]["v"] * sizes["vision"]["d"]
 
 
 def _kept_latents(sizes):
@@ -230,10 +235,9 @@ def _kept_of_reading(sizes, F, half):
     d, n, inner = vision["d"], perceiver["n"], perceiver["inner"]
     tokens = F * vision["v"]
     products = n * d  # the latents, normalised
-    products += tokens * d  # the visual tokens, normalised
     products += (tokens + n) * 2 * inner  # keys, values
     products += 2 * n * inner  # queries; what was read
-    products += n * d + 2 * n * perceiver["ff"] * d  # feed-forward, around its GELU
+    products += n * d + n * perceiver["ff"] * d  # feed-forward, up to its GELU
     norms = 4 * n + perceiver["heads"] * n  # means, spreads; softmax
     return half * products + 4 * (norms + n * d)  # and the latents between the halves
 
@@ -252,7 +256,7 @@ def _kept_of_block(sizes, T_img, T_txt, half):
     products += 2 * latents * inner  # keys, values
     products += 3 * T_txt * inner  # queries; what was read; and without the blind rows
     products += 4 * T_txt * d  # the text, normalised, and what goes to the gate: twice
-    products += 2 * T_txt * blocks["ff"] * d  # feed-forward, around its GELU
+    products += T_txt * blocks["ff"] * d  # feed-forward, up to its GELU
     norms = 2 * T_txt * (d + 2) + blocks["heads"] * T_txt
     return half * products + 4 * norms + T_txt
 
@@ -328,7 +332,7 @@ def _checkpointed(sizes, kept, T_img, T_txt, F, precision):
     inputs = 4 * lm["layers"] * T_txt * lm["d"]
     one = _kept_of_block(sizes, T_img, T_txt, half) + _kept_of_layer(sizes, T_txt, half)
     reading = T_img * _kept_of_reading(sizes, F, half)
-    tokens = 4 * F * sizes["vision"]["v"] * sizes["vision"]["d"]
+    tokens = _kept_tokens(sizes, F, half) + _kept_tokens(sizes, F, 4)  # the batch's
     pictures = T_img * (_kept_latents(sizes) + tokens)
     media = 4 * T_img * sizes["perceiver"]["n"] * sizes["vision"]["d"]
     parts = {"perceiver": pictures, "loss": kept["loss"]}

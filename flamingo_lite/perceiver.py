@@ -13,6 +13,7 @@ No position is added to the v tokens of a frame: CLIP has put it into them alrea
 
 __all__ = [
     "FeedForward",
+    "standardize",
     "PerceiverAttention",
     "PerceiverResampler",
 ]
@@ -23,22 +24,45 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def FeedForward(dim, mult=4):
+class FeedForward(nn.Sequential):
     """Two linear layers with a GELU between, after a LayerNorm, as in OpenFlamingo.
+
+    Maps (..., d) to (..., d). Backward computes the GELU again, so that only its input
+    is kept.
 
     Args:
         dim: width d in and out.
         mult: how many times wider the middle is.
-
-    Returns:
-        nn.Sequential that maps (..., d) to (..., d).
     """
-    return nn.Sequential(
-        nn.LayerNorm(dim),
-        nn.Linear(dim, dim * mult, bias=False),
-        nn.GELU(),
-        nn.Linear(dim * mult, dim, bias=False),
-    )
+
+    def __init__(self, dim, mult=4):
+        super().__init__(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, dim * mult, bias=False),
+            nn.GELU(),
+            nn.Linear(dim * mult, dim, bias=False),
+        )
+
+    def _narrow(self, wide):
+        return self[3](self[2](wide))  # (..., d)
+
+    def forward(self, x):
+        wide = self[1](self[0](x))  # (..., mult * d)
+        if not torch.is_grad_enabled():
+            return self._narrow(wide)
+        settings = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(self._narrow, wide, **settings)
+
+
+def standardize(x):
+    """Mean 0 and variance 1 in each row of (..., d): how any LayerNorm begins.
+
+    Under autocast the result has its number format, as a matrix will want it.
+    """
+    plain, kind = nn.functional.layer_norm(x, x.shape[-1:]), x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return plain.to(torch.get_autocast_dtype(kind))
+    return plain
 
 
 class PerceiverAttention(nn.Module):
@@ -60,30 +84,31 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(dim, inner_dim * 2, bias=False)
         self.to_out = nn.Linear(inner_dim, dim, bias=False)
 
-    def _tokens_to_kv(self, x):
+    def _tokens_to_kv(self, plain):
         """`to_kv(norm_media(x))`, with the norm's weight and bias put into the matrix.
 
         So the way back ends at the matrix, and does not go on to tokens that need no
-        gradient.
+        gradient. `plain` is `standardize(x)`.
         """
         norm, matrix = self.norm_media, self.to_kv.weight  # (2 * h * d_head, d)
-        plain = nn.functional.layer_norm(x, norm.normalized_shape, eps=norm.eps)
         bias = matrix @ norm.bias  # (2 * h * d_head,)
         return nn.functional.linear(plain, matrix * norm.weight, bias)
 
-    def forward(self, x, latents):
+    def forward(self, x, latents, is_plain=False):
         """Return what the latents read.
 
         Args:
             x: (B, T_img, F * v, d) visual tokens.
             latents: (B, T_img, n, d).
+            is_plain: `x` has gone through `standardize` already, for several layers.
 
         Returns:
             (B, T_img, n, d), to be added to the latents.
         """
         asking = self.norm_latents(latents)  # (B, T_img, n, d)
         q = self.to_q(asking)  # (B, T_img, n, h * d_head)
-        answers = torch.cat((self._tokens_to_kv(x), self.to_kv(asking)), dim=-2)
+        plain = x if is_plain else standardize(x)  # (B, T_img, F * v, d)
+        answers = torch.cat((self._tokens_to_kv(plain), self.to_kv(asking)), dim=-2)
         # Keys and values: (B, T_img, F * v + n, h * d_head) each.
         k, v = answers.chunk(2, dim=-1)
         # The library's fast attention wants four axes, so B and T_img become one.
@@ -101,10 +126,10 @@ def _first_rows(table, size, what):
     return table[:size]
 
 
-def _read_once(layer, tokens, latents):
+def _read_once(layer, plain, latents):
     """One layer of the Resampler: (B, T_img, n, d) latents in and out."""
     attention, feed_forward = layer
-    latents = attention(tokens, latents) + latents  # (B, T_img, n, d)
+    latents = attention(plain, latents, is_plain=True) + latents  # (B, T_img, n, d)
     return feed_forward(latents) + latents  # (B, T_img, n, d)
 
 
@@ -165,10 +190,11 @@ class PerceiverResampler(nn.Module):
         tokens = rearrange(x, "B T_img F v d -> B T_img (F v) d")
         if self.media_time_embs is not None:  # + (T_img, 1, d)
             tokens = tokens + _first_rows(self.media_time_embs, T_img, "images")
+        plain = standardize(tokens)  # for all layers, whose norms differ after that
         latents = repeat(self.latents, "n d -> B T_img n d", B=B, T_img=T_img)
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            step = layer, tokens, latents
+            step = layer, plain, latents
             if again:
                 latents = checkpoint(_read_once, *step, use_reentrant=False)
             else:

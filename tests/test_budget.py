@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from flamingo_lite import (
+    FeedForward,
     GatedCrossAttentionBlock,
     PerceiverResampler,
     build_flamingo,
@@ -145,6 +146,9 @@ def test_what_is_kept_for_backward(B, T_img, precision):
     formula = B * sum(kept_for_backward(sizes_of(model), *shape).values())
     assert LEAST < formula / measured < MOST
     copies = memory_budget(sizes_of(model), B, *shape)["half copies"]
+    if precision != "float32":  # after a GELU a copy is made again in backward
+        last = [m[3] for m in model.modules() if isinstance(m, FeedForward)]
+        cast += sum(2 * linear.weight.numel() for linear in last)
     assert abs(copies - cast) <= 0.02 * copies
 
 

@@ -3,20 +3,27 @@
 import importlib.util
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import D_IMG, ROOT, random_features, tokenize
+from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from flamingo_lite import (
+    FeedForward,
     MaskedCrossAttention,
     PerceiverAttention,
+    PerceiverResampler,
     cross_attention,
     cut_into_blocks,
     loss_at_labels,
     make_labels,
+    standardize,
 )
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -248,11 +255,71 @@ def test_norm_in_the_matrix():
     x = torch.randn(2, 3, 5, D_IMG, requires_grad=True)
     leaves = [x, norm.weight, norm.bias, attention.to_kv.weight]
     results = []
-    for to_kv in (attention._tokens_to_kv, lambda x: attention.to_kv(norm(x))):
+    for to_kv in (
+        lambda x: attention._tokens_to_kv(standardize(x)),
+        lambda x: attention.to_kv(norm(x)),
+    ):
         kv = to_kv(x)
         results.append((kv, *torch.autograd.grad(kv.square().sum(), leaves)))
     for fast, slow in zip(*results, strict=True):
         assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+def kept_by(function, *given):
+    """What a function returns, and the numbers in each tensor it keeps for backward."""
+    kept, alive = {}, []
+
+    def note(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            alive.append(tensor)  # or another could get its place
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = function(*given)
+    return result, list(kept.values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("again", [False, True])
+def test_gelu_is_not_kept(precision, again):
+    """As four plain layers: numbers, gradients and products; it keeps less."""
+    torch.manual_seed(0)
+    ours = FeedForward(8)
+    plain = nn.Sequential(*ours)
+    results = []
+    for module in (ours, plain):
+        call = partial(checkpoint, module, use_reentrant=False) if again else module
+        x = torch.ones(3, 5, 8).cumsum(dim=1).cumsum(dim=2).cos().requires_grad_()
+        ours.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
+                read, kept = kept_by(call, x)
+            read.float().square().sum().backward()
+        gradients = [p.grad for p in module.parameters()]
+        results.append((counter.get_total_flops(), kept, (read, x.grad, *gradients)))
+    (ours_flops, kept, fast), (flops, kept_plain, slow) = results
+    for one, other in zip(fast, slow, strict=True):
+        assert torch.equal(one, other)
+    if again:
+        assert kept == kept_plain == [x.numel()]
+    else:
+        assert ours_flops == flops
+        assert kept_plain.count(15 * 32) == 2 and kept.count(15 * 32) == 1
+    with torch.no_grad():
+        assert torch.equal(ours(x), plain(x))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_tokens_are_kept_once(precision):
+    """The Resampler keeps its tokens once, though each of its layers reads them."""
+    torch.manual_seed(0)
+    resampler = PerceiverResampler(dim=D_IMG, depth=3, dim_head=8, heads=2)
+    x = torch.randn(2, 1, 1, 77, D_IMG)  # (B, T_img, F, v, d)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
+        _, kept = kept_by(resampler, x)
+    assert kept.count(x.numel()) == 1
 
 
 def test_benchmark_runs():
