@@ -424,7 +424,11 @@
   }
 
   function kept_of_picture(sizes, half) { // of one frame
-    return sizes.perceiver.depth * kept_of_reading(sizes, half) + kept_latents(sizes);
+    return sizes.perceiver.depth * kept_of_reading(sizes, half) + kept_latents(sizes) + kept_tokens(sizes, half);
+  }
+
+  function kept_tokens({ vision }, half) { // standardised, once for all layers
+    return half * vision.v * vision.d;
   }
 
   function kept_latents({ vision, perceiver }) { // before each layer but the first; at the end
@@ -434,10 +438,9 @@
   function kept_of_reading({ vision, perceiver }, half) { // by one layer of the Perceiver
     const { d, v: tokens } = vision, { n, inner } = perceiver;
     let products = n * d; // the latents, normalised
-    products += tokens * d; // the visual tokens, normalised
     products += (tokens + n) * 2 * inner; // keys, values
     products += 2 * n * inner; // queries; what was read
-    products += n * d + 2 * n * perceiver.ff * d; // feed-forward, around its GELU
+    products += n * d + n * perceiver.ff * d; // feed-forward, up to its GELU
     const norms = 4 * n + perceiver.heads * n; // means, spreads; softmax
     return half * products + 4 * (norms + n * d); // and the latents between the halves
   }
@@ -452,7 +455,7 @@
     products += 2 * latents * inner; // keys, values
     products += 3 * T_txt * inner; // queries; what was read; and without the blind rows
     products += 4 * T_txt * d; // the text, normalised, and what goes to the gate: twice
-    products += 2 * T_txt * blocks.ff * d; // feed-forward, around its GELU
+    products += T_txt * blocks.ff * d; // feed-forward, up to its GELU
     const norms = 2 * T_txt * (d + 2) + blocks.heads * T_txt;
     return half * products + 4 * norms + T_txt;
   }
@@ -477,7 +480,8 @@
   function checkpointed(sizes, kept, T_img, T_txt, precision) {
     const half = bytesOf(precision), { vision, perceiver, lm } = sizes;
     const inputs = 4 * lm.layers * T_txt * lm.d, media = 4 * T_img * perceiver.n * vision.d;
-    const pictures = T_img * (kept_latents(sizes) + 4 * vision.v * vision.d); // and the visual tokens
+    const tokens = kept_tokens(sizes, half) + kept_tokens(sizes, 4); // and the batch's
+    const pictures = T_img * (kept_latents(sizes) + tokens);
     const reading = T_img * kept_of_reading(sizes, half);
     const one = Math.max(kept_of_block(sizes, T_img, T_txt, half) + kept_of_layer(sizes, T_txt, half), reading);
     return { perceiver: pictures, loss: kept.loss, "inputs of layers": inputs + media, "one layer": one };
