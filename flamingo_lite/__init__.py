@@ -26,6 +26,7 @@ _HOME = {
     "tower_settings": "vision",
     "TimmTower": "vision",
     "load_vision_encoder": "vision",
+    "LARGE": "perceiver",
     "FeedForward": "perceiver",
     "standardize": "perceiver",
     "PerceiverAttention": "perceiver",

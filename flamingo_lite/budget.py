@@ -39,6 +39,8 @@ from huggingface_hub import constants
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flamingo_lite.perceiver import LARGE
+
 PAPER = {
     "vision": {"d": 1024, "layers": 24, "v": 256, "patch": 14, "out": 768},
     "perceiver": {"depth": 6, "n": 64, "inner": 512, "heads": 8, "ff": 4},
@@ -184,9 +186,9 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def kept_for_backward(
-    sizes=PAPER, T_img=1, T_txt=32, F=1, precision="float32", labelled=None
+    sizes=PAPER, T_img=1, T_txt=32, F=1, precision="float32", labelled=None, B=64
 ):
-    """What one sequence leaves behind for the backward pass: {part: bytes}.
+    """What one sequence of a batch leaves behind for the backward pass: {part: bytes}.
 
     One line for each tensor that a layer keeps. What multiplies a matrix is kept in
     half precision, under autocast; what a LayerNorm saw, in float32.
@@ -196,14 +198,15 @@ def kept_for_backward(
         T_img, T_txt, F: pictures and tokens of the sequence, frames of a picture.
         precision: one of PRECISIONS.
         labelled: tokens with a label; None, all.
+        B: sequences in the batch. In a small one a GELU's output is kept as well.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"no precision {precision!r}: {', '.join(PRECISIONS)}")
     half = 4 if precision == "float32" else 2
-    shape = sizes, T_img, T_txt, half
+    shape = sizes, T_img, T_txt, half, B
     labelled = T_txt if labelled is None else labelled
     return {
-        "perceiver": T_img * _kept_of_picture(sizes, F, half),
+        "perceiver": T_img * _kept_of_picture(sizes, F, half, B * T_img),
         "gated blocks": sizes["blocks"]["number"] * _kept_of_block(*shape)
         + _kept_media(sizes, T_img, half),
         "language model": sizes["lm"]["layers"] * _kept_of_layer(sizes, T_txt, half)
@@ -212,9 +215,14 @@ def kept_for_backward(
     }
 
 
-def _kept_of_picture(sizes, F, half):
-    """Bytes that the Perceiver keeps of one picture."""
-    layers = sizes["perceiver"]["depth"] * _kept_of_reading(sizes, F, half)
+def _kept_around_gelu(width, rows, n_rows):
+    """Numbers that a feed-forward keeps of some rows in the middle; `n_rows` in all."""
+    return rows * width * (1 if n_rows * width >= LARGE else 2)
+
+
+def _kept_of_picture(sizes, F, half, pictures):
+    """Bytes that the Perceiver keeps of one of so many pictures."""
+    layers = sizes["perceiver"]["depth"] * _kept_of_reading(sizes, F, half, pictures)
     return layers + _kept_latents(sizes) + _kept_tokens(sizes, F, half)
 
 
@@ -229,15 +237,15 @@ def _kept_latents(sizes):
     return 4 * perceiver["n"] * (perceiver["depth"] * d + 2)
 
 
-def _kept_of_reading(sizes, F, half):
-    """Bytes that one layer of the Perceiver keeps of a picture."""
+def _kept_of_reading(sizes, F, half, pictures):
+    """Bytes that one layer of the Perceiver keeps of one of so many pictures."""
     vision, perceiver = sizes["vision"], sizes["perceiver"]
     d, n, inner = vision["d"], perceiver["n"], perceiver["inner"]
     tokens = F * vision["v"]
     products = n * d  # the latents, normalised
     products += (tokens + n) * 2 * inner  # keys, values
     products += 2 * n * inner  # queries; what was read
-    products += n * d + n * perceiver["ff"] * d  # feed-forward, up to its GELU
+    products += n * d + _kept_around_gelu(perceiver["ff"] * d, n, pictures * n)
     norms = 4 * n + perceiver["heads"] * n  # means, spreads; softmax
     return half * products + 4 * (norms + n * d)  # and the latents between the halves
 
@@ -248,15 +256,15 @@ def _kept_media(sizes, T_img, half):
     return half * numbers * (1 if half == 4 else sizes["blocks"]["number"])
 
 
-def _kept_of_block(sizes, T_img, T_txt, half):
-    """Bytes that a gated block keeps of one sequence."""
+def _kept_of_block(sizes, T_img, T_txt, half, B):
+    """Bytes that a gated block keeps of one of B sequences."""
     blocks, d = sizes["blocks"], sizes["lm"]["d"]
     latents, inner = T_img * sizes["perceiver"]["n"], blocks["inner"]
     products = T_txt * latents  # who may look, as numbers to be added
     products += 2 * latents * inner  # keys, values
     products += 3 * T_txt * inner  # queries; what was read; and without the blind rows
     products += 4 * T_txt * d  # the text, normalised, and what goes to the gate: twice
-    products += T_txt * blocks["ff"] * d  # feed-forward, up to its GELU
+    products += _kept_around_gelu(blocks["ff"] * d, T_txt, B * T_txt)
     norms = 2 * T_txt * (d + 2) + blocks["heads"] * T_txt
     return half * products + 4 * norms + T_txt
 
@@ -299,9 +307,9 @@ def memory_budget(
     learning = counts["perceiver"] + counts["gated blocks"]
     learns = matrices["learning"] if with_muon else 0
     copied = matrices["learning"] + table + matrices["frozen"] * (not frozen_half)
-    kept = kept_for_backward(sizes, T_img, T_txt, F, precision)
+    kept = kept_for_backward(sizes, T_img, T_txt, F, precision, B=B)
     if gradient_checkpointing:
-        kept = _checkpointed(sizes, kept, T_img, T_txt, F, precision)
+        kept = _checkpointed(sizes, kept, T_img, T_txt, F, precision, B)
     is_half = precision != "float32"
     return {
         "frozen weights": frozen * (2 if frozen_half else 4),
@@ -326,12 +334,13 @@ def _matrices(sizes):
     }
 
 
-def _checkpointed(sizes, kept, T_img, T_txt, F, precision):
+def _checkpointed(sizes, kept, T_img, T_txt, F, precision, B):
     """What is kept if a layer keeps its input only, and one at a time does the rest."""
     half, lm = 4 if precision == "float32" else 2, sizes["lm"]
     inputs = 4 * lm["layers"] * T_txt * lm["d"]
-    one = _kept_of_block(sizes, T_img, T_txt, half) + _kept_of_layer(sizes, T_txt, half)
-    reading = T_img * _kept_of_reading(sizes, F, half)
+    one = _kept_of_layer(sizes, T_txt, half)
+    one += _kept_of_block(sizes, T_img, T_txt, half, B)
+    reading = T_img * _kept_of_reading(sizes, F, half, B * T_img)
     tokens = _kept_tokens(sizes, F, half) + _kept_tokens(sizes, F, 4)  # the batch's
     pictures = T_img * (_kept_latents(sizes) + tokens)
     media = 4 * T_img * sizes["perceiver"]["n"] * sizes["vision"]["d"]

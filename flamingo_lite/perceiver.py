@@ -12,6 +12,7 @@ No position is added to the v tokens of a frame: CLIP has put it into them alrea
 """
 
 __all__ = [
+    "LARGE",
     "FeedForward",
     "standardize",
     "PerceiverAttention",
@@ -23,12 +24,14 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+LARGE = 2**20  # from so many numbers on, a GELU is computed again and not kept
+
 
 class FeedForward(nn.Sequential):
     """Two linear layers with a GELU between, after a LayerNorm, as in OpenFlamingo.
 
-    Maps (..., d) to (..., d). Backward computes the GELU again, so that only its input
-    is kept.
+    Maps (..., d) to (..., d). Where the middle has LARGE numbers or more, backward
+    computes the GELU again, and only its input is kept.
 
     Args:
         dim: width d in and out.
@@ -48,7 +51,7 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x):
         wide = self[1](self[0](x))  # (..., mult * d)
-        if not torch.is_grad_enabled():
+        if wide.numel() < LARGE or not torch.is_grad_enabled():
             return self._narrow(wide)
         settings = {"use_reentrant": False, "preserve_rng_state": False}
         return checkpoint(self._narrow, wide, **settings)

@@ -285,7 +285,7 @@ def test_the_budget_equals_pythons(inside):
             assert memory == budget.memory_budget(sizes, **settings)
             shape = {key: settings[key] for key in ("T_img", "T_txt")}
             assert work == pytest.approx(budget.arithmetic(sizes, **shape), rel=1e-12)
-            shape["precision"] = settings["precision"]
+            shape |= {key: settings[key] for key in ("precision", "B")}
             assert kept == budget.kept_for_backward(sizes, **shape)
 
 

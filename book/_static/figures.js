@@ -423,8 +423,14 @@
     };
   }
 
-  function kept_of_picture(sizes, half) { // of one frame
-    return sizes.perceiver.depth * kept_of_reading(sizes, half) + kept_latents(sizes) + kept_tokens(sizes, half);
+  const LARGE = 2 ** 20; // from so many numbers on, a GELU's output is not kept
+
+  function kept_around_gelu(width, rows, n_rows) {
+    return rows * width * (n_rows * width >= LARGE ? 1 : 2);
+  }
+
+  function kept_of_picture(sizes, half, pictures) { // of one frame
+    return sizes.perceiver.depth * kept_of_reading(sizes, half, pictures) + kept_latents(sizes) + kept_tokens(sizes, half);
   }
 
   function kept_tokens({ vision }, half) { // standardised, once for all layers
@@ -435,12 +441,12 @@
     return 4 * perceiver.n * (perceiver.depth * vision.d + 2);
   }
 
-  function kept_of_reading({ vision, perceiver }, half) { // by one layer of the Perceiver
+  function kept_of_reading({ vision, perceiver }, half, pictures) { // by one layer of the Perceiver
     const { d, v: tokens } = vision, { n, inner } = perceiver;
     let products = n * d; // the latents, normalised
     products += (tokens + n) * 2 * inner; // keys, values
     products += 2 * n * inner; // queries; what was read
-    products += n * d + n * perceiver.ff * d; // feed-forward, up to its GELU
+    products += n * d + kept_around_gelu(perceiver.ff * d, n, pictures * n);
     const norms = 4 * n + perceiver.heads * n; // means, spreads; softmax
     return half * products + 4 * (norms + n * d); // and the latents between the halves
   }
@@ -449,13 +455,13 @@
     return half * T_img * perceiver.n * vision.d * (half === 4 ? 1 : blocks.number);
   }
 
-  function kept_of_block({ perceiver, blocks, lm }, T_img, T_txt, half) {
+  function kept_of_block({ perceiver, blocks, lm }, T_img, T_txt, half, B) {
     const d = lm.d, latents = T_img * perceiver.n, inner = blocks.inner;
     let products = T_txt * latents; // who may look, as numbers to be added
     products += 2 * latents * inner; // keys, values
     products += 3 * T_txt * inner; // queries; what was read; and without the blind rows
     products += 4 * T_txt * d; // the text, normalised, and what goes to the gate: twice
-    products += T_txt * blocks.ff * d; // feed-forward, up to its GELU
+    products += kept_around_gelu(blocks.ff * d, T_txt, B * T_txt);
     const norms = 2 * T_txt * (d + 2) + blocks.heads * T_txt;
     return half * products + 4 * norms + T_txt;
   }
@@ -467,23 +473,23 @@
 
   const bytesOf = (precision) => (precision === "float32" ? 4 : 2);
 
-  function kept_for_backward(sizes, { T_img = 1, T_txt = 32, precision = "float32" } = {}) {
+  function kept_for_backward(sizes, { T_img = 1, T_txt = 32, precision = "float32", B = 64 } = {}) {
     const half = bytesOf(precision), { blocks, lm } = sizes;
     return {
-      perceiver: T_img * kept_of_picture(sizes, half),
-      "gated blocks": blocks.number * kept_of_block(sizes, T_img, T_txt, half) + kept_media(sizes, T_img, half),
+      perceiver: T_img * kept_of_picture(sizes, half, B * T_img),
+      "gated blocks": blocks.number * kept_of_block(sizes, T_img, T_txt, half, B) + kept_media(sizes, T_img, half),
       "language model": lm.layers * kept_of_layer(sizes, T_txt, half) + T_txt * (8 + 4 * (lm.d + 2) + half * lm.d),
       loss: T_txt * (4 * lm.vocab + 8),
     };
   }
 
-  function checkpointed(sizes, kept, T_img, T_txt, precision) {
+  function checkpointed(sizes, kept, T_img, T_txt, precision, B) {
     const half = bytesOf(precision), { vision, perceiver, lm } = sizes;
     const inputs = 4 * lm.layers * T_txt * lm.d, media = 4 * T_img * perceiver.n * vision.d;
     const tokens = kept_tokens(sizes, half) + kept_tokens(sizes, 4); // and the batch's
     const pictures = T_img * (kept_latents(sizes) + tokens);
-    const reading = T_img * kept_of_reading(sizes, half);
-    const one = Math.max(kept_of_block(sizes, T_img, T_txt, half) + kept_of_layer(sizes, T_txt, half), reading);
+    const reading = T_img * kept_of_reading(sizes, half, B * T_img);
+    const one = Math.max(kept_of_block(sizes, T_img, T_txt, half, B) + kept_of_layer(sizes, T_txt, half), reading);
     return { perceiver: pictures, loss: kept.loss, "inputs of layers": inputs + media, "one layer": one };
   }
 
@@ -499,8 +505,8 @@
     const table = sizes.lm.vocab * sizes.lm.d; // it has a gradient, as a whole
     const frozen = counts["vision encoder"] + counts["language model"], learning = counts.perceiver + counts["gated blocks"];
     const copied = numbers.learning + table + (frozen_half ? 0 : numbers.frozen);
-    let kept = kept_for_backward(sizes, { T_img, T_txt, precision });
-    if (gradient_checkpointing) kept = checkpointed(sizes, kept, T_img, T_txt, precision);
+    let kept = kept_for_backward(sizes, { T_img, T_txt, precision, B });
+    if (gradient_checkpointing) kept = checkpointed(sizes, kept, T_img, T_txt, precision, B);
     return {
       "frozen weights": frozen * (frozen_half ? 2 : 4),
       "trained weights": 4 * learning,
