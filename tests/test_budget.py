@@ -152,9 +152,7 @@ def test_what_is_kept_for_backward(B, T_img, precision, large, monkeypatch):
     formula = B * sum(kept_for_backward(sizes_of(model), *shape, B=B).values())
     assert LEAST < formula / measured < MOST
     copies = memory_budget(sizes_of(model), B, *shape)["half copies"]
-    if (
-        precision != "float32" and large == 1
-    ):  # after a GELU a copy is made again in backward
+    if precision != "float32" and large == 1:  # the copy behind a GELU is made again
         last = [m[3] for m in model.modules() if isinstance(m, FeedForward)]
         cast += sum(2 * linear.weight.numel() for linear in last)
     assert abs(copies - cast) <= 0.02 * copies
