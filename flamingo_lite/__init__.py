@@ -81,6 +81,7 @@ _HOME = {
     "check_row": "data",
     "load_captions": "data",
     "merge_captions": "data",
+    "hold_out": "data",
     "load_sprites": "data",
     "draw_scene": "data",
     "is_held_out": "data",

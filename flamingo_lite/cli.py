@@ -23,6 +23,7 @@ import shlex
 import sys
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import flamingo_lite
@@ -62,7 +63,8 @@ def _add_train(add):
     add("--size", choices=("tiny", "smol", "paper"), default="tiny", help=of)
     add("--resume", action="store_true", help="go on with the run in --out")
     count, size = _number(int, 0), _number(int, 1)
-    add("--steps", type=count, default=1000, help=of)
+    add("--steps", type=count, help="(default: 1000)")
+    add("--epochs", type=size, help="times through all pictures, instead of --steps")
     add("--batch-size", type=size, default=64, help=f"pictures at a time {of}")
     add("--accumulate", type=size, default=1, help=f"times that many in a step {of}")
     rate = "learning rate (default: 1e-3, of paper 2e-4)"
@@ -70,23 +72,24 @@ def _add_train(add):
     add("--seed", type=count, default=0, help=of)
     add("--precision", choices=("float32", "bfloat16", "float16"))
     add("--validation", metavar="FOLDER", help="pictures that it is tested on")
-    add("--report-every", type=count, default=50, help=f"steps to a checkpoint {of}")
-    _add_shared(add, "--features", "--encode-batch", "--skip-broken")
+    add("--report-every", type=count, default=50, help=f"steps to a line {of}")
+    saves = "steps to a checkpoint (default: as --report-every)"
+    add("--checkpoint-every", type=count, help=saves)
+    _add_shared(add, "--features", "--encode-batch", "--skip-broken", "--hold-out")
 
 
 def _add_caption(add):
     """The options of `caption`."""
     add("pictures", nargs="+", metavar="PICTURE")
     add("--prompt", default="<image>", help="what goes before the text")
-    _add_shared(add, "--model", "--json")
+    _add_shared(add, "--model", "--json", "--max-new-tokens")
 
 
 def _add_score(add):
     """The options of `score`."""
     add("--images", required=True, metavar="FOLDER", help="with their true captions")
-    _add_shared(
-        add, "--model", "--features", "--encode-batch", "--json", "--skip-broken"
-    )
+    shared = ("--model", "--features", "--encode-batch", "--json", "--skip-broken")
+    _add_shared(add, *shared, "--hold-out", "--max-new-tokens")
 
 
 def _add_info(add):
@@ -107,6 +110,12 @@ def _add_shared(add, *names):
         add("--json", action="store_true", help="print JSON")
     if "--skip-broken" in names:
         add("--skip-broken", action="store_true", help="leave out broken rows")
+    if "--hold-out" in names:
+        says = "`train` leaves one picture in N to `score`, given the same N"
+        add("--hold-out", type=_number(int, 2), metavar="N", help=says)
+    if "--max-new-tokens" in names:
+        says = "a text is cut here (default: 24; `score`: or as the longest true one)"
+        add("--max-new-tokens", type=_number(int, 1), metavar="N", help=says)
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
 
 
@@ -132,11 +141,16 @@ def _load(options):
 
 
 def _captions(folder, options):
-    """The rows of a caption folder, and the text or texts of each."""
-    rows = flamingo_lite.merge_captions(
-        flamingo_lite.load_captions(folder, skip_broken=options.skip_broken)
+    """The rows of a caption folder, one for each picture."""
+    skip_broken = options.skip_broken
+    return flamingo_lite.merge_captions(
+        flamingo_lite.load_captions(folder, skip_broken=skip_broken)
     )
-    return rows, [row["text"] for row in rows]
+
+
+def _texts(rows):
+    """The text, or the list of texts, of each row."""
+    return [row["text"] for row in rows]
 
 
 def _kept():
@@ -148,6 +162,7 @@ def _kept():
 def _features(model, image_processor, rows, options):
     """What the vision encoder makes of the pictures, kept on disk for the next time."""
     folder, n = options.features or _kept() / "features", options.encode_batch
+    _check_drive("--features", folder)
     encode = partial(flamingo_lite.cache_features, batch_size=n)
     try:
         return encode(folder, model.vision_encoder, image_processor, rows)
@@ -173,8 +188,19 @@ def _with_less_memory(error, options):
     return "try --batch-size {} --accumulate {}".format(*found.groups())
 
 
+def _check_drive(option, folder):
+    """Raise an error for a folder on Colab's Drive while no Drive is mounted."""
+    drive = Path("/content/drive")
+    if drive in Path(folder).absolute().parents and not drive.is_mount():
+        raise FileNotFoundError(
+            f"{option} {folder}: no Drive is mounted, so all would be lost with the "
+            "machine. Run drive.mount('/content/drive') in a cell first"
+        )
+
+
 def _check_out(out, resume):
     """Raise an error for a folder that a run must not write to."""
+    _check_drive("--out", out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file: name a folder")
     if not resume and out.is_dir() and any(out.iterdir()):
@@ -197,14 +223,34 @@ def _rate(options):
     return options.lr
 
 
+def _steps(options, n_pictures):
+    """How many steps: as asked for, or from the epochs."""
+    if options.epochs is None:
+        return 1000 if options.steps is None else options.steps
+    per_step = options.batch_size * options.accumulate
+    return max(1, options.epochs * n_pictures // per_step)
+
+
+def _to_learn(options):
+    """Rows to learn from, and rows to be watched by, or None."""
+    for one, other in (("steps", "epochs"), ("validation", "hold_out")):
+        if None not in (getattr(options, one), getattr(options, other)):
+            names = f"--{one} and --{other.replace('_', '-')}"
+            raise ValueError(f"{names} settle the same: give one of them")
+    rows = _captions(options.images, options)
+    if options.hold_out is not None:
+        return flamingo_lite.hold_out(rows, options.hold_out)
+    return rows, options.validation and _captions(options.validation, options)
+
+
 def _train(options):
     """Train a new model, or go on with one, and save it."""
     import torch
 
     out = Path(options.out)
     _check_out(out, options.resume)
-    rows, texts = _captions(options.images, options)
-    held_out = options.validation and _captions(options.validation, options)
+    rows, held_out = _to_learn(options)
+    texts = _texts(rows)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     model, image_processor, tokenizer = flamingo_lite.build_flamingo(options.size)
@@ -216,20 +262,21 @@ def _train(options):
     model.to(device)
     more = {"precision": options.precision} if options.precision else {}
     if held_out:
-        features = _features(model, image_processor, held_out[0], options)
-        more["validation"] = features, held_out[1]
+        features = _features(model, image_processor, held_out, options)
+        more["validation"] = features, _texts(held_out)
     history = flamingo_lite.train(
         model,
         tokenizer,
         _features(model, image_processor, rows, options),
         texts,
-        n_steps=options.steps,
+        n_steps=_steps(options, len(rows)),
         batch_size=options.batch_size,
         accumulate=options.accumulate,
         lr=_rate(options),
         seed=options.seed,
         checkpoint=out / _CHECKPOINT,
         report_every=options.report_every,
+        checkpoint_every=options.checkpoint_every,
         report=_say,
         **more,
     )
@@ -242,7 +289,8 @@ def _train(options):
 def _caption(options):
     """Print a text for each picture."""
     built = _load(options)
-    texts = flamingo_lite.caption(*built, options.pictures, options.prompt)
+    words = {"max_new_tokens": options.max_new_tokens}
+    texts = flamingo_lite.caption(*built, options.pictures, options.prompt, **words)
     pairs = list(zip(options.pictures, texts, strict=True))
     if options.json:
         written = [{"picture": picture, "text": text} for picture, text in pairs]
@@ -262,16 +310,28 @@ def _of_others(texts, seed=0):
     return others
 
 
+def _longest(texts, tokenizer):
+    """How many tokens the longest of some texts has, with its end."""
+    return 1 + max(len(tokens) for tokens in tokenizer(list(texts))["input_ids"])
+
+
 def _score(options):
     """Print how well a model captions pictures, and whether it looks at them."""
-    rows, texts = _captions(options.images, options)
+    rows = _captions(options.images, options)
+    if options.hold_out is not None:
+        rows = flamingo_lite.hold_out(rows, options.hold_out)[1]
+    texts = _texts(rows)
+    truths = [[text] if isinstance(text, str) else text for text in texts]
     model, image_processor, tokenizer = _load(options)
     flamingo_lite.check_texts(texts, tokenizer)
+    n_tokens = options.max_new_tokens
+    if n_tokens is None:
+        n_tokens = max(24, _longest(chain.from_iterable(truths), tokenizer))
     features, written = _features(model, image_processor, rows, options), []
+    ask = partial(flamingo_lite.caption, model, image_processor, tokenizer)
     for start in range(0, len(rows), 100):
         some = features[list(range(start, min(start + 100, len(rows))))]
-        written += flamingo_lite.caption(model, image_processor, tokenizer, some)
-    truths = [[text] if isinstance(text, str) else text for text in texts]
+        written += ask(some, max_new_tokens=n_tokens)
     pairs = list(zip(written, truths, strict=True))
     scores = {
         "pictures": len(rows),

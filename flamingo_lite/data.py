@@ -18,6 +18,7 @@ __all__ = [
     "check_row",
     "load_captions",
     "merge_captions",
+    "hold_out",
     "load_sprites",
     "draw_scene",
     "is_held_out",
@@ -348,6 +349,33 @@ def merge_captions(rows):
     for row in merged.values():
         row["text"] = row["text"][0] if len(row["text"]) == 1 else row["text"]
     return list(merged.values())
+
+
+def hold_out(rows, every=5):
+    """Part rows in two: those to train on, and about one in `every` to test with.
+
+    The file_name of a row decides alone, so it stays in its part when others come or
+    go. Several rows of one picture stay together.
+
+    Returns:
+        (list of dict, list of dict).
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    if every != int(every) or every < 2:
+        raise ValueError(f"hold out one in how many? want 2 or more, got {every}")
+    parts = [], []
+    for row in rows:
+        parts[zlib.crc32(row["file_name"].encode()) % every == 0].append(row)
+    if not all(parts):
+        kept, held = map(len, parts)
+        raise ValueError(
+            f"of {kept + held} pictures one in {every} is to be kept for the test, and "
+            f"that leaves {kept} to train on and {held} to test with: take more "
+            "pictures, or make the two folders yourself"
+        )
+    return parts
 
 
 def load_sprites(rows):

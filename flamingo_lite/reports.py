@@ -117,15 +117,15 @@ def progress_line(numbers, n_steps):
     )
 
 
-def is_report(done, n_steps, report_every):
+def is_report(done, n_steps, every):
     """Is there a report after this step? After 1 and 10 too, if that is early."""
-    early = done in (1, 10) and 10 * done <= report_every
-    return early or is_checkpoint(done, n_steps, report_every)
+    early = done in (1, 10) and 10 * done <= every
+    return early or is_checkpoint(done, n_steps, every)
 
 
-def is_checkpoint(done, n_steps, report_every):
+def is_checkpoint(done, n_steps, every):
     """After this step, is a checkpoint written?"""
-    return done == n_steps or (report_every > 0 and done % report_every == 0)
+    return done == n_steps or (every > 0 and done % every == 0)
 
 
 def _losses_of(model, batch):

@@ -286,9 +286,9 @@ class _Run:
         self.n_pictures, self.n_told = 0, first  # seen; steps that reports were of
         self.random, self.started = random_states(self.device), time.perf_counter()
 
-    def go(self, checkpoint, report_every, report, log, looks):
+    def go(self, checkpoint, every, report, log, looks):
         """Take all steps that are left; `looks()` gives further numbers to report."""
-        n_steps = self.settings["n_steps"]
+        n_steps, (report_every, checkpoint_every) = self.settings["n_steps"], every
         self.model.train()
         with _CtrlC(self.together.n == 1) as ctrl_c:
             for done in range(self.first + 1, n_steps + 1):
@@ -302,7 +302,7 @@ class _Run:
                         log(numbers)
                     # A run that goes on from a checkpoint has not drawn what they drew.
                     set_random_states(self.random, self.device)
-                if checkpoint and is_checkpoint(done, n_steps, report_every):
+                if checkpoint and is_checkpoint(done, n_steps, checkpoint_every):
                     self.save(checkpoint)
 
     def take_step(self, step):
@@ -400,6 +400,7 @@ def train(
     validation=None,
     log=None,
     accelerator=None,
+    checkpoint_every=None,
 ):
     """Train what is not frozen, on cached features of pictures.
 
@@ -421,8 +422,8 @@ def train(
         with_muon: see `make_optimizers`; None, what `muon_pays` says. Not with FSDP2.
         seed: of the order of the pictures, and of the texts that are drawn.
         checkpoint: a file; if it is there, training goes on from it, to the same end.
-        report_every: steps between two lines, and between two checkpoints; 0, only at
-            the end. If they are many, there are lines after steps 1 and 10, too.
+        report_every: steps between two lines; 0, only at the end. If they are many,
+            there are lines after steps 1 and 10, too.
         report: called with each line.
         sequences: which pictures follow each other, lists of picture numbers; None,
             each picture stands alone.
@@ -442,6 +443,8 @@ def train(
             (DDP or FSDP2): each calls `train` with the same arguments and takes its
             part of each step. The numbers are those of one process, and the first one
             writes. See `Together`.
+        checkpoint_every: steps between two checkpoints; 0, only at the end; None, as
+            many as between two lines.
 
     Returns:
         list of {"step", "loss", "gates"}, one for each step: tanh of every gate.
@@ -464,6 +467,9 @@ def train(
     counts = {"n_steps": (n_steps, 0), "batch_size": (batch_size, 1)}
     counts |= {"report_every": (report_every, 0), "seed": (seed, 0)}
     counts |= {"accumulate": (accumulate, 1), "warmup": (warmup, 0)}
+    if checkpoint_every is None:
+        checkpoint_every = report_every
+    counts |= {"checkpoint_every": (checkpoint_every, 0)}
     _check_numbers(lr, gate_factor, **counts)
     _check_model(model, features)
     check_texts(texts, tokenizer, sequences is not None)
@@ -497,7 +503,8 @@ def train(
         data = tokenizer, validation, precision, together, batch_size
         looks = functools.partial(validation_losses, run.model, *data)
     try:
-        run.go(checkpoint, report_every, report, log, looks)
+        every = report_every, checkpoint_every
+        run.go(checkpoint, every, report, log, looks)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(run.stop(checkpoint)) from error
     finally:

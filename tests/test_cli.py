@@ -131,6 +131,89 @@ def test_the_rate_is_as_asked_for_or_by_size(size, lr, wanted):
     assert cli._rate(options) == wanted
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What `train` was asked for, by each run; none of them trains."""
+    asked = []
+
+    def note(model, tokenizer, features, texts, **kwargs):
+        asked.append({"texts": texts, **kwargs})
+        return []
+
+    monkeypatch.setattr(flamingo_lite.training, "train", note)
+    return asked
+
+
+@pytest.mark.parametrize(
+    "words, n_steps",
+    [
+        ([], 1000),
+        (["--steps", 0], 0),
+        (["--epochs", 1], 1),  # six pictures are not one batch of 64
+        (["--epochs", 7, "--batch-size", 3], 14),
+        (["--epochs", 7, "--batch-size", 3, "--accumulate", 2], 7),
+        (["--epochs", 3, "--batch-size", 4], 4),  # 18 pictures: four whole steps
+    ],
+)
+def test_epochs_are_steps(asked, images, tmp_path, words, n_steps):
+    start = ["train", "--images", images, "--out", tmp_path / "out"]
+    assert run_command([*start, *words]) == 0
+    assert asked[0]["n_steps"] == n_steps
+
+
+def test_checkpoints_are_as_many_as_asked_for(asked, images, tmp_path):
+    for number, (words, every) in enumerate({(): None, (9,): 9, (0,): 0}.items()):
+        words = ["--checkpoint-every", *words] if words else []
+        start = ["train", "--images", images, "--out", tmp_path / str(number)]
+        assert run_command([*start, *words]) == 0
+        assert asked[-1]["checkpoint_every"] == every
+
+
+def test_what_is_held_out_is_scored_and_not_trained_on(
+    asked, command, images, tmp_path, monkeypatch
+):
+    """One folder without a test: what `train` leaves is what `score` takes."""
+    rows = flamingo_lite.load_captions(images)
+    texts = [[row["text"] for row in part] for part in flamingo_lite.hold_out(rows, 3)]
+    out = tmp_path / "out"
+    assert command("train", "--images", images, "--out", out, "--hold-out", 3)[0] == 0
+    assert asked[0]["texts"] == texts[0] and asked[0]["validation"][1] == texts[1]
+    assert len(texts[0]) + len(texts[1]) == len(rows) and min(map(len, texts)) > 0
+    scored = []
+    monkeypatch.setattr(
+        flamingo_lite.fewshot, "cider_d", lambda a, b: scored.append(b) or torch.ones(1)
+    )
+    assert command("score", "--images", images, "--hold-out", 3)[0] == 0
+    assert scored == [[[text] for text in texts[1]]]
+
+
+def test_a_text_is_cut_where_it_is_said(command, tmp_path, monkeypatch):
+    """By default after 24 tokens; `score` gives room for the longest true caption."""
+    lengths, write = [], flamingo_lite.caption
+
+    def note(*args, **kwargs):
+        lengths.append(kwargs["max_new_tokens"])
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(flamingo_lite.generation, "caption", note)
+    folder = write_folder(tmp_path / "images", COLOURS[:2])
+    picture, short = folder / "red.png", ["--max-new-tokens", 1]
+    assert len(command("caption", picture, *short)[1].split()) == 2
+    command("caption", picture)
+    command("score", "--images", folder, *short)
+    command("score", "--images", folder)
+    texts = ["a bear " * 20, ["a lemon", "a tent above " * 30]]
+    lines = [
+        json.dumps({"file_name": f"{colour}.png", "text": text})
+        for colour, text in zip(COLOURS[:2], texts, strict=True)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    assert command("score", "--images", folder)[0] == 0
+    tokenizer = flamingo_lite.load_flamingo("tiny")[2]
+    longest = len(tokenizer(texts[1][1].strip())["input_ids"])
+    assert lengths[:4] == [1, None, 1, 24] and longest < lengths[4] < longest + 3
+
+
 def test_caption_prints_a_line_for_each_picture(command):
     pictures = [ROOT / f"data/emoji/noto/{name}.webp" for name in ("lemon", "bear")]
     code, result, _ = command("caption", *pictures)
@@ -363,6 +446,20 @@ def mistakes(images, folder):
         "caption: no model": (["caption", picture, "--model", empty], "empty"),
         "caption: no <image>": (["caption", picture, "--prompt", "a"], "<image>"),
         "score: no folder": (["score", "--images", "nowhere"], "nowhere"),
+        "no Drive to write to": (
+            ["train", "--images", images, "--out", "/content/drive/MyDrive/new"],
+            "--out /content/drive/MyDrive/new: no Drive is mounted",
+        ),
+        "no Drive for features": (
+            [*train, "--features", "/content/drive/MyDrive/features"],
+            "--features /content/drive/MyDrive/features: no Drive is mounted",
+        ),
+        "steps and epochs": ([*train, "--steps", 1, "--epochs", 1], "give one of them"),
+        "two ways to test": (
+            [*train, "--validation", images, "--hold-out", 3],
+            "--validation and --hold-out settle the same",
+        ),
+        "nothing is held out": ([*train, "--hold-out", 1000], "0 to test with"),
         "info: no model": (["info", "--model", "nowhere"], "nowhere"),
     }
 
@@ -371,7 +468,8 @@ MISTAKES = (
     "no such folder,no captions,out holds something,out is a file,no such device,"
     "a broken picture,no such validation,caption: no picture,"
     "caption: a text,caption: no model,caption: no <image>,score: no folder,"
-    "info: no model"
+    "info: no model,no Drive to write to,no Drive for features,steps and epochs,"
+    "two ways to test,nothing is held out"
 ).split(",")
 
 
@@ -406,6 +504,10 @@ def test_a_mistake_is_one_line(command, images, tmp_path, kind):
         ["train", "--images", "a", "--out", "b", "--lr", "nan"],
         ["train", "--images", "a", "--out", "b", "--seed", "-1"],
         ["train", "--images", "a", "--out", "b", "--report-every", "-1"],
+        ["train", "--images", "a", "--out", "b", "--checkpoint-every", "-1"],
+        ["train", "--images", "a", "--out", "b", "--epochs", 0],
+        ["train", "--images", "a", "--out", "b", "--hold-out", 1],
+        ["score", "--images", "a", "--max-new-tokens", 0],
         ["caption"],
         ["score", "--images", "a", "--precise"],
     ],

@@ -25,6 +25,7 @@ from flamingo_lite import (
     check_text,
     collate,
     encode_pictures,
+    hold_out,
     interleave,
     is_held_out,
     load_captions,
@@ -180,6 +181,33 @@ def test_what_cannot_be_seen_at_the_ends_is_no_caption(tmp_path, mark):
     assert [r["text"] for r in load_captions(folder)] == ["a wall"]
     with pytest.raises(ValueError, match="row 9: the caption is empty"):
         check_text(mark, "row 9")
+
+
+def test_what_is_held_out_stays_so_when_others_come_or_go():
+    rows = [{"file_name": f"{n}.jpg", "text": "a dog"} for n in range(600)]
+    train_on, test_with = hold_out(rows)
+    assert sorted(train_on + test_with, key=rows.index) == rows
+    assert 90 < len(test_with) < 150
+    assert train_on == [row for row in rows if row in train_on]  # in their order
+    fewer, some = hold_out(rows[::-3])
+    assert all(row in test_with for row in some)
+    assert all(row in train_on for row in fewer)
+    twice = hold_out([row for row in rows for _ in range(2)], 3)
+    assert not {r["file_name"] for r in twice[0]} & {r["file_name"] for r in twice[1]}
+
+
+@pytest.mark.parametrize("every", [1, 0, -5, 2.5])
+def test_one_in_how_many_is_a_number_from_2(every):
+    with pytest.raises(ValueError, match="hold out one in how many"):
+        hold_out([{"file_name": "a.jpg"}], every)
+
+
+def test_no_part_is_empty():
+    rows = [{"file_name": f"{n}.jpg"} for n in range(5)]
+    with pytest.raises(ValueError, match="leaves 5 to train on and 0 to test with"):
+        hold_out(rows)
+    with pytest.raises(ValueError, match="0 to train on and 0 to test with"):
+        hold_out([])
 
 
 def test_a_listing_that_is_no_utf8_is_named(tmp_path):

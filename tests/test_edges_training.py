@@ -7,6 +7,7 @@ import copy
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -489,6 +490,28 @@ def test_report_every_0_is_at_the_end(make_model, tmp_path):
     assert read_checkpoint(path)["step"] == 12
     assert not (tmp_path / "last.pt.previous").exists()
     assert history == go(make_model())
+
+
+@pytest.mark.parametrize(
+    "report_every, checkpoint_every, saved",
+    [(4, None, [4, 8, 12]), (2, 6, [6, 12]), (5, 0, [12]), (0, 7, [7, 12])],
+)
+def test_checkpoints_are_written_as_often_as_asked_for(
+    make_model, tmp_path, monkeypatch, report_every, checkpoint_every, saved
+):
+    """Be there lines or not; and another number of them is the same run."""
+    path, write, steps = tmp_path / "last.pt", training.save_checkpoint, []
+
+    def note(path, *args, **progress):
+        steps.append(progress["step"])
+        write(path, *args, **progress)
+
+    monkeypatch.setattr(training, "save_checkpoint", note)
+    every = {"report_every": report_every, "checkpoint_every": checkpoint_every}
+    history = go(make_model(), checkpoint=path, **every)
+    assert steps == saved
+    shutil.copy(path.with_name("last.pt.previous"), path) if len(saved) > 1 else None
+    assert history == go(make_model(), checkpoint=path)
 
 
 # --------------------------------------------------------------- several texts, a lot
