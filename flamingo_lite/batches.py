@@ -10,6 +10,7 @@ __all__ = [
     "padding_by_lot",
     "count_tokens",
     "check_examples",
+    "check_tokenizer",
     "Examples",
 ]
 
@@ -143,6 +144,9 @@ def _check_features(features):
     if not isinstance(first, torch.Tensor):
         kinds = f"{shape}, of which [[0]] is {type(first).__name__}"
         raise ValueError(f"features: {want}{kinds}")
+    if not first.is_floating_point():
+        floats = "give floats, as the image processor does"
+        raise ValueError(f"features: pictures are {first.dtype}: {floats}")
     if tuple(first.shape[1:]) != shape[1:] or shape[0] != len(features):
         parts = f"[[0]] is {tuple(first.shape)}, and there are {len(features)}"
         raise ValueError(f"features say that they are {shape}, but {parts}")
@@ -193,6 +197,20 @@ def check_examples(features, texts, sequences=None):
             counts = f"{len(pictures)} pictures, but {len(texts[i])} texts"
             raise ValueError(f"sequence {i}: {counts}")
     return texts, sequences
+
+
+def check_tokenizer(model, tokenizer):
+    """Raise ValueError if the model looks for other tokens than the tokenizer writes.
+
+    It would find no `<image>`, and read each text without its picture.
+    """
+    ids = tokenizer.convert_tokens_to_ids(["<|endofchunk|>", "<image>"])
+    own = [model.eoc_token_id, model.media_token_id]
+    if list(ids) != own:
+        raise ValueError(
+            f"the tokenizer is not this model's: <|endofchunk|> and <image> are {ids}, "
+            f"the model looks for {own}: give both as they were built together"
+        )
 
 
 class Examples:

@@ -15,6 +15,7 @@ __all__ = [
     "NUMBER_FORMATS",
     "cache_settings",
     "FeatureCache",
+    "check_tower",
     "cache_features",
     "PixelSource",
 ]
@@ -239,6 +240,7 @@ class _Index:
         try:
             settings = json.loads((self.folder / "settings.json").read_bytes())
             shape, name = tuple(settings["shape"]), settings["dtype"]
+            self.settings = settings
             self.shape, self.dtype = shape, np.dtype(NUMBER_FORMATS[name])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{self.folder} holds no features") from error
@@ -386,6 +388,7 @@ class FeatureCache:
         shape: (pictures, F, v, d_img).
         dtype: torch.float16 or torch.float32.
         folder: where they are.
+        settings: all that they depend on beside the pictures, see `cache_settings`.
 
     Raises:
         FileNotFoundError, ValueError: the folder holds no features, not those of a
@@ -402,7 +405,7 @@ class FeatureCache:
             raise ValueError("there are no pictures")
         self.folder, self.shape = Path(folder), (len(self.hashes), *index.shape)
         self.dtype = torch.from_numpy(np.empty(0, index.dtype)).dtype
-        self.checksums = index.checksums
+        self.checksums, self.settings = index.checksums, index.settings
         self.rows = torch.tensor([index.rows[h] for h in self.hashes])  # (pictures,)
         n_rows, self.checked = len(index.checksums), set()
         self.data = np.memmap(
@@ -456,6 +459,23 @@ class FeatureCache:
         """A FeatureCache of some of the pictures, for a split: nothing is read."""
         chosen = _pick(numbers, len(self)).tolist()
         return FeatureCache(self.folder, [self.hashes[number] for number in chosen])
+
+
+def check_tower(features, visual):
+    """Raise ValueError for a FeatureCache of another vision encoder than `visual`.
+
+    Other features pass; so do those of weights in another number format.
+    """
+    if (settings := getattr(features, "settings", None)) is None:
+        return
+    visual = getattr(visual, "visual", visual)  # of a VisionEncoder
+    kind = settings["weights"].split(", ")[-1]
+    if kind == str(next(visual.parameters()).dtype):
+        if settings["tower"] != fingerprint(visual):
+            raise ValueError(
+                f"{features!r} is of another vision encoder than the model's, or of "
+                "this one before it was trained: call cache_features again"
+            )
 
 
 def _encode(writer, pictures, numbers, settings, bar):

@@ -265,6 +265,11 @@ def _glance(features, n=16):
     return some[:, columns.round().long()].cpu().flatten().tolist()
 
 
+def _checksum(hashes):
+    """Of the pictures that a FeatureCache is of: a number; None, not known."""
+    return None if hashes is None else zlib.crc32(repr(hashes).encode())
+
+
 def _are_alike(glance, other):
     """Are they of the same pictures, but for how another machine rounds?"""
     if not glance or len(glance) != len(other):
@@ -303,6 +308,7 @@ def run_settings(
         "order": "batches by length",
         "pictures": list(features.shape),
         "glance": _glance(features),
+        "checksum of the pictures": _checksum(getattr(features, "hashes", None)),
         "checksum of the texts": zlib.crc32(repr((texts, sequences)).encode()),
         "texts": [repr(text) for text in texts],
         "sequences": sequences,
@@ -345,6 +351,9 @@ def _check_settings(path, state, settings):
                 " pictures, or on features of another vision encoder"
             )
     saved["glance"] = settings["glance"]  # said before, or the shapes say it
+    name = "checksum of the pictures"
+    if None in (saved.get(name), settings[name]):  # an older one, or of a tensor
+        saved[name] = settings[name]
     if different := _differences(saved, settings):
         if (n_steps := saved.get("n_steps")) != settings["n_steps"]:
             different += (
@@ -391,6 +400,7 @@ def model_settings(model):
     found = {
         "token ids": [model.eoc_token_id, model.media_token_id],
         "start_token": built.get("start_token"),
+        "tokenizer": built.get("backbones", {}).get("tokenizer", {}).get("fingerprint"),
         "only_attend_immediate_media": lm.only_attend_immediate_media,
     }
     ours = {"perceiver": model.perceiver, "gated blocks": lm.gated_cross_attn_layers}

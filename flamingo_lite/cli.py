@@ -67,6 +67,7 @@ def _add_train(add):
     add("--epochs", type=size, help="times through all pictures, instead of --steps")
     add("--batch-size", type=size, default=64, help=f"pictures at a time {of}")
     add("--accumulate", type=size, default=1, help=f"times that many in a step {of}")
+    add("--warmup", type=count, help="steps (default: 50, or a tenth of all)")
     rate = "learning rate (default: 1e-3, of paper 2e-4)"
     add("--lr", type=_number(float, 0), help=rate)
     add("--seed", type=count, default=0, help=of)
@@ -231,6 +232,11 @@ def _steps(options, n_pictures):
     return max(1, options.epochs * n_pictures // per_step)
 
 
+def _warmup(options, n_steps):
+    """Steps until the rate is at its peak, which a short run has to reach, too."""
+    return min(50, n_steps // 10) if options.warmup is None else options.warmup
+
+
 def _to_learn(options):
     """Rows to learn from, and rows to be watched by, or None."""
     for one, other in (("steps", "epochs"), ("validation", "hold_out")):
@@ -260,6 +266,7 @@ def _train(options):
         f"{options.size}, {len(rows)} pictures, {flamingo_lite.describe_device(device)}"
     )
     model.to(device)
+    n_steps = _steps(options, len(rows))
     more = {"precision": options.precision} if options.precision else {}
     if held_out:
         features = _features(model, image_processor, held_out, options)
@@ -269,7 +276,8 @@ def _train(options):
         tokenizer,
         _features(model, image_processor, rows, options),
         texts,
-        n_steps=_steps(options, len(rows)),
+        n_steps=n_steps,
+        warmup=_warmup(options, n_steps),
         batch_size=options.batch_size,
         accumulate=options.accumulate,
         lr=_rate(options),

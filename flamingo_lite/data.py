@@ -470,13 +470,16 @@ def make_scenes(rows, n_scenes, seed, pairs=0.5, held_out=False):
 
 
 def whole_text(text, where=None):
-    """A text as one string; `text` may be a pair of strings, (given, answer)."""
+    """A text as one string; `text` may be a pair of strings, (given, answer).
+
+    Blanks at the ends, of each part, are left out: they would be tokens of their own.
+    """
     if not isinstance(text, tuple):
-        return text
+        return trim(text)
     if len(text) != 2 or not all(isinstance(part, str) for part in text):
         place = f"{where}: " if where else ""
         raise ValueError(f"{place}want a text or (given, answer), got {text!r}")
-    return " ".join(part for part in text if part)
+    return " ".join(filter(None, map(trim, text)))
 
 
 def interleave(texts):
@@ -678,7 +681,7 @@ def _given(texts):
     for text in texts:
         place += len("<image>")
         if isinstance(text, tuple):
-            yield place, place + len(text[0])
+            yield place, place + len(trim(text[0]))
         place += len(whole_text(text)) + len("<|endofchunk|>")
 
 
@@ -692,6 +695,9 @@ def _check_examples(examples, special_tokens):
             got = shape or type(features).__name__
             want = "(T_img, F, v, d_img) or (T_img, F, 3, H, W)"
             raise ValueError(f"row {row}: want {want}, got {got}")
+        if not (kind := torch.as_tensor(features[:0]).dtype).is_floating_point:
+            problem = f"pictures are {kind}: give floats, as the image processor does"
+            raise ValueError(f"row {row}: {problem}")
         if isinstance(texts, str):
             raise ValueError(f"row {row}: want a list of texts, got {texts!r}")
         if shape[0] != len(texts):

@@ -86,10 +86,18 @@ def put_start_token(
         The token that was put, or None.
 
     Raises:
-        ValueError: a token was named that is not known, or cannot be put.
+        ValueError: a token was named that is not known, or cannot be put; or the
+            tokenizer puts one behind every text.
     """
     words = tokenizer("a", add_special_tokens=False).input_ids
-    first = tokenizer("a").input_ids[:1]
+    first, last = tokenizer("a").input_ids[:1], tokenizer("a").input_ids[-1:]
+    if last != words[-1:]:
+        put = tokenizer.convert_ids_to_tokens(last)[0]
+        raise ValueError(
+            f"{tokenizer.name_or_path!r} puts {put!r} behind every text, so it would "
+            "stand between a prompt and its answer: take a tokenizer saved with "
+            "add_eos_token=False"
+        )
     own = None if first == words[:1] else tokenizer.convert_ids_to_tokens(first)[0]
     if start_token is None or (own and start_token in ("auto", own)):
         return None

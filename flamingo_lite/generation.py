@@ -31,6 +31,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteria, TextIteratorStreamer
 
+from flamingo_lite.cache import check_tower
 from flamingo_lite.data import check_text, interleave, read_picture, trim, whole_text
 from flamingo_lite.model import asked_for, pixels_to_patches
 from flamingo_lite.vision import rgb_on_white
@@ -98,8 +99,13 @@ def _rows(images):
     return [images] if one else list(images)
 
 
-def _pictures(model, image_processor, rows):
-    """Rows of pictures as arguments for the model, zeros where one has fewer."""
+def _pictures(model, image_processor, rows, first=0):
+    """Rows of pictures as arguments for the model, zeros where one has fewer.
+
+    Raises:
+        ValueError: pictures and features together, features of several shapes, or some
+            that are not finite; `first` is the number of the first row.
+    """
     device = next(model.parameters()).device
     flat = [picture for row in rows for picture in row]
     if not flat:  # text alone: nothing may look at this
@@ -117,6 +123,9 @@ def _pictures(model, image_processor, rows):
         pixels = torch.stack([image_processor(picture) for picture in flat]).to(device)
         features = pixels_to_patches(model.vision_encoder, pixels[:, None, None])[:, 0]
     parts = features.split([len(row) for row in rows])  # each (T_img, F, v, d_img)
+    if not features.isfinite().all():  # a caption of them would be empty
+        row = next(n for n, part in enumerate(parts) if not part.isfinite().all())
+        raise ValueError(f"row {first + row}: a picture's features are not finite")
     return {"vision_x": None, "vision_features": pad_sequence(parts, batch_first=True)}
 
 
@@ -295,6 +304,7 @@ def caption(
     """
     if batch_size != int(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size: want a whole number from 1, got {batch_size}")
+    check_tower(images, model.vision_encoder)
     rows = _rows(images)
     prompts = [prompt] * len(rows) if isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(rows):
@@ -312,7 +322,7 @@ def caption(
         own = prompts[first : first + batch_size]
         lang_x, mask = _prompts(model, tokenizer, some, own, *lengths, first)
         _check_lengths(model, options, mask)
-        pictures = _pictures(model, image_processor, some)
+        pictures = _pictures(model, image_processor, some, first)
         if may_follow is not None:  # it counts the rows of all batches
             before = first * _copies(model, kwargs)
             options["prefix_allowed_tokens_fn"] = partial(_later, may_follow, before)

@@ -12,6 +12,7 @@ __all__ = [
     "LM_SETTINGS",
     "backbone_settings",
     "fingerprint",
+    "tokenizer_fingerprint",
     "create_model_and_transforms",
     "SIZES",
     "build_flamingo",
@@ -153,6 +154,16 @@ def fingerprint(module):
     return f"{digest.hexdigest()[:16]}-{settings[:8]}"
 
 
+def tokenizer_fingerprint(tokenizer):
+    """Tell one tokenizer from another: 16 hexadecimal digits.
+
+    Two of the same size may give a word other numbers: then all is read as other words.
+    """
+    words = sorted(tokenizer.get_vocab().items())
+    line = tokenizer("A flamingo, left of 2 bees.", add_special_tokens=False).input_ids
+    return hashlib.sha256(repr((words, line)).encode()).hexdigest()[:16]
+
+
 def _free_new_rows(lang_encoder, rows, again=False):
     """Let the two new rows learn, and no others; again in a copy without hooks."""
     for table in token_tables(lang_encoder).values():
@@ -193,7 +204,7 @@ def create_model_and_transforms(
     Raises:
         OSError: a backbone is not here and cannot be fetched.
         ValueError: the language model's kind is unknown and its layers were not named;
-            or the start token is not known.
+            or the start token is not known, or the tokenizer puts one at the end.
     """
     vision_encoder, image_processor = load_vision_encoder(
         clip_vision_encoder_path, clip_vision_encoder_pretrained, cache_dir
@@ -208,6 +219,7 @@ def create_model_and_transforms(
     backbones = {
         "vision_encoder": [clip_vision_encoder_path, fingerprint(vision_encoder)],
         "lang_encoder": [lang_encoder_path, fingerprint(lang_encoder)],
+        "tokenizer": [tokenizer_path, tokenizer_fingerprint(tokenizer)],
     }
     model = Flamingo(
         vision_encoder, lang_encoder, *new, vision_encoder.dim, **flamingo_kwargs
@@ -403,7 +415,7 @@ def load_flamingo(folder_or_name: str | Path = "tiny", **kwargs) -> _Built:
         also = {n: p for n, p in model.named_parameters() if n in also}
         for parameter in also.values():
             parameter.requires_grad_(True)
-        model.note_unfrozen()
+        model.also_trained |= set(also)
         for name, parameter in also.items():
             parameter.requires_grad_(name not in frozen)
         wanted = trained_tensors(model)

@@ -216,7 +216,8 @@ class _ThreeParts(nn.Module):
         lm = self.lang_encoder
         usual = [*self.perceiver.parameters(), *lm.gated_cross_attn_layers.parameters()]
         tables = lm.get_input_embeddings(), lm.get_output_embeddings()
-        usual += [table.weight for table in tables if table is not None]
+        held = [table for table in tables if hasattr(table, "rows_that_learn")]
+        usual += [table.weight for table in held]  # of others all rows may move
         known = set(map(id, usual))
         for name, p in self.named_parameters():
             if p.requires_grad and id(p) not in known:
@@ -524,6 +525,7 @@ def train_new_rows_only(embedding, rows):
     keep = torch.zeros(len(embedding.weight), 1)  # (vocab, 1)
     keep[rows] = 1.0
     embedding.weight.requires_grad_(True)
+    embedding.rows_that_learn = list(rows)
     embedding.weight.register_hook(lambda gradient: gradient * keep.to(gradient))
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flamingo_lite.batches import check_examples, make_batch
+from flamingo_lite.batches import check_examples, check_tokenizer, make_batch
+from flamingo_lite.cache import check_tower
 from flamingo_lite.checkpoints import random_states, set_random_states
 from flamingo_lite.loss import IGNORE, loss_at_labels
 from flamingo_lite.together import Together
@@ -46,8 +47,11 @@ def _step_to_others(features):
     """By how many places to move so that each text gets another picture's features.
 
     One, unless pictures stand several times in a row, once for each of their captions.
+    0 if there is no other picture.
     """
     n = len(features)
+    if n == 1:
+        return 0
     some = sorted({i * n // 16 for i in range(16)})
     here = features[some].flatten(1)  # (≤ 16, numbers)
     apart = {}
@@ -56,7 +60,7 @@ def _step_to_others(features):
         apart[step] = (here != there).any(dim=1).sum().item()
         if apart[step] == len(some):
             break
-    return max(apart, key=apart.get)
+    return max(apart, key=apart.get) if any(apart.values()) else 0
 
 
 class _OtherPicture:
@@ -86,7 +90,8 @@ def validation_losses(
         batch_size: about how many pictures at a time.
 
     Returns:
-        dict, "true" and "shuffled", per labelled token. The model is in train mode.
+        dict, "true" and "shuffled", per labelled token; where all pictures are the same
+        one, "true" alone. The model is in train mode.
     """
     device, losses = precision.device, {}
     before = random_states(device)
@@ -94,6 +99,8 @@ def validation_losses(
     longest = max(map(len, sequences[0])) if sequences and sequences[0] else 1
     n_rows = max(1, batch_size // longest)
     beside = {"true": features, "shuffled": _OtherPicture(features)}
+    if not beside["shuffled"].step:  # all are the same picture: no control
+        del beside["shuffled"]
     model.eval()
     for name, mine in beside.items():
         data = tokenizer, mine, texts, n_rows, *sequences
@@ -155,6 +162,8 @@ def caption_losses(model, tokenizer, features, texts, batch_size=100, sequences=
     Args: as for `train`; of several texts for a picture the first is taken.
     """
     texts, sequences = check_examples(features, texts, sequences)
+    check_tokenizer(model, tokenizer)
+    check_tower(features, model.vision_encoder)
     data = features, texts, batch_size, sequences
     sums, counts = _summed_losses(model, tokenizer, *data)
     return sums / counts

@@ -105,6 +105,12 @@ class Together:
         self._given = self.model, optimizers
         if self.accelerator is not None:
             self._runs = self.accelerator.prepare_model(self.model)
+        if self.n > 1 and self._runs is self.model:
+            kind = self.accelerator.distributed_type
+            raise ValueError(
+                f"{kind}: nothing would bring the gradients of {self.n} processes "
+                "together, and each would train a model of its own. Take DDP or FSDP2"
+            )
         return optimizers
 
     def gather(self, with_averages=False):

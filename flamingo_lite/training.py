@@ -19,7 +19,13 @@ from pathlib import Path
 
 import torch
 
-from flamingo_lite.batches import Examples, check_examples, make_batch
+from flamingo_lite.batches import (
+    Examples,
+    check_examples,
+    check_tokenizer,
+    make_batch,
+)
+from flamingo_lite.cache import check_tower
 from flamingo_lite.checkpoints import (
     learning_parameters,
     load_checkpoint,
@@ -73,6 +79,7 @@ def _check_model(model, features):
     if len(features.shape) == 4 and features.shape[-1] != model.vis_dim:
         widths = f"width {features.shape[-1]}, the model reads {model.vis_dim}"
         raise ValueError(f"features are of another vision encoder: {widths}")
+    check_tower(features, model.vision_encoder)
     tower = model.vision_encoder.parameters()
     if len(features.shape) == 4 and any(p.requires_grad for p in tower):
         raise ValueError(
@@ -430,7 +437,8 @@ def train(
         precision: a name of `precision.DTYPES`; None, what `choose_precision` says.
         accumulate: batches in a step. Their losses are averaged over all labelled
             tokens, so that a step is that of one batch, so many times larger.
-        warmup: steps until the rates are at their peak.
+        warmup: steps until the rates are at their peak. A run that is shorter than that
+            never gets there: give it a tenth of its steps.
         validation: (features, texts), or (features, texts, sequences), that are not
             trained on (of those that are, as far as pictures have names, a warning
             tells the number): their loss is measured at each report.
@@ -472,9 +480,11 @@ def train(
     counts |= {"checkpoint_every": (checkpoint_every, 0)}
     _check_numbers(lr, gate_factor, **counts)
     _check_model(model, features)
+    check_tokenizer(model, tokenizer)
     check_texts(texts, tokenizer, sequences is not None)
     if validation is not None:
         validation = _check_validation(validation, features, tokenizer)
+        check_tower(validation[0], model.vision_encoder)
     set_random_states(drawn, device)  # a look at pixels may have drawn lots
     model.note_unfrozen()
     together = join(accelerator, model)
@@ -494,6 +504,11 @@ def train(
     optimizers = make(model)
     start = model, optimizers, settings, precision, report, together.number
     first, history = _start(checkpoint, *start)
+    if len(set(begins := together.of_all(first))) > 1:
+        raise ValueError(
+            f"the processes would begin after steps {begins}: {checkpoint} is not the "
+            "same file for all of them. Put it where every machine can read it"
+        )
     optimizers = together.share(optimizers, make)
     data = tokenizer, features, texts, sequences
     examples = Examples(*data, batch_size, accumulate, seed)

@@ -111,6 +111,7 @@ def rgb_on_white(picture):
             f"want a PIL picture, got {type(picture).__name__}: PIL's Image.open makes "
             "one of a file, Image.fromarray of an array"
         )
+    in_16_bits = "16B" in str(getattr(picture, "tile", ""))  # until it is decoded
     try:
         upright = ImageOps.exif_transpose(picture)
     except Exception as error:  # broken data makes decoders raise almost anything
@@ -119,12 +120,15 @@ def rgb_on_white(picture):
     if upright.mode == "F" or (upright.mode == "I" and not is_16_bit):
         raise ValueError("brightness in 32 bits; save it with 8 or 16")
     clear, deep = upright.info.get("transparency"), upright.mode.startswith("I")
-    if (clear is not None and deep) or (type(clear) is tuple and max(clear) > 255):
+    in_16_bits |= deep or (type(clear) is tuple and max(clear) > 255)
+    if clear is not None and in_16_bits:
         raise ValueError("a transparent colour in 16 bits; save it with 8")
     if max(upright.size) > 3000 * min(upright.size) or 0 in upright.size:
         raise ValueError(f"a strip of {upright.width} x {upright.height} pixels")
     if deep:  # 16 bits: Pillow would clip, so scale
         grey = (np.asarray(upright) / 257).clip(0, 255)
+        if getattr(picture, "tag_v2", {}).get(262) == 0:  # a TIFF whose white is 0
+            grey = 255 - grey
         upright = Image.fromarray(grey.astype(np.uint8))
     if not upright.has_transparency_data:
         return upright.convert("RGB")

@@ -103,7 +103,8 @@ def test_train_does_what_train_does(images, trained, tmp_path):
         model.vision_encoder, image_processor, rows
     )
     texts = [row["text"] for row in rows]
-    flamingo_lite.train(model, tokenizer, features, texts, 5, 3, report=str)
+    settings = {"warmup": 0, "report": str}  # a tenth of five steps is none
+    flamingo_lite.train(model, tokenizer, features, texts, 5, 3, **settings)
     flamingo_lite.save_flamingo(model, tmp_path / "by hand")
     assert_same_weights(tmp_path / "by hand", trained)
 
@@ -159,6 +160,16 @@ def test_epochs_are_steps(asked, images, tmp_path, words, n_steps):
     start = ["train", "--images", images, "--out", tmp_path / "out"]
     assert run_command([*start, *words]) == 0
     assert asked[0]["n_steps"] == n_steps
+
+
+@pytest.mark.parametrize(
+    "words, warmup",
+    [(["--steps", 30], 3), (["--steps", 5], 0), ([], 50), (["--warmup", 7], 7)],
+)
+def test_a_short_run_reaches_its_rate(asked, images, tmp_path, words, warmup):
+    start = ["train", "--images", images, "--out", tmp_path / "out"]
+    assert run_command([*start, *words]) == 0
+    assert asked[0]["warmup"] == warmup
 
 
 def test_checkpoints_are_as_many_as_asked_for(asked, images, tmp_path):

@@ -32,6 +32,7 @@ from flamingo_lite import (
     make_scenes,
     merge_captions,
     read_picture,
+    trim,
     whole_text,
 )
 
@@ -620,10 +621,11 @@ def slow_labels(texts, ids, tokenizer):
     """Labels of one row without padding, from the bytes of its text.
 
     A token has a label if it is of a text or ends it, and holds nothing that is given.
+    Of both parts the blanks at the ends are left out.
     """
     is_asked = []  # of each byte of the line
     for text in texts:
-        given, asked = text if isinstance(text, tuple) else ("", text)
+        given, asked = map(trim, text if isinstance(text, tuple) else ("", text))
         if given and asked:
             asked = f" {asked}"
         for part, has_label in (

@@ -497,7 +497,8 @@ def test_the_shipped_models_name_weights_and_settings():
     for size, of_text in (("tiny", both), ("smol", "[0-9a-f]{16}(-[0-9a-f]{8})?")):
         config = json.loads((DATA / f"{size}_flamingo/config.json").read_text())
         parts = {n: part["fingerprint"] for n, part in config["backbones"].items()}
-        assert parts.keys() == {"vision_encoder", "lang_encoder"}
+        assert parts.keys() == {"vision_encoder", "lang_encoder", "tokenizer"}
+        assert re.fullmatch("[0-9a-f]{16}", parts["tokenizer"])
         assert re.fullmatch(both, parts["vision_encoder"])
         assert re.fullmatch(of_text, parts["lang_encoder"])
 

@@ -407,7 +407,7 @@ CAPTIONS = {
     "thai": "นกฟลามิงโก",
     "joined emoji": "👩\u200d🎨 and 🦩",
     "accent apart": "Lo\u0308we, Löwe",
-    "blanks kept": "  a \t b\n",
+    "blanks inside": "a \t b\nc",
     "almost tokens": "<image <|endofchunk| image> <Image> <image\u200b> </ s> ＜s＞",
     "control characters": "".join(map(chr, range(1, 32))) + "\x7f\x80\ufeff\uffff",
 }
@@ -423,6 +423,8 @@ def test_any_caption_becomes_labels_that_spell_it(tokenizer, name):
     labels = batch["labels"][0]
     spelled = tokenizer.decode(labels[labels != -100])
     assert spelled == text + "<|endofchunk|>"
+    around = collate([(random_features(1, 1)[0], [f" {text}\n"])], tokenizer)
+    assert torch.equal(around["lang_x"], batch["lang_x"])
 
 
 def test_every_special_token_spelled_out_is_refused(tokenizer):

@@ -81,9 +81,18 @@ def code_cells():
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def run_chapter(tmp_path, before="", **environment):
-    """Run all cells of the chapter at a narrow size; what was printed."""
-    head = NARROW.format(tests=str(ROOT / "tests"), cells=code_cells())
+def run_chapter(tmp_path, before="", lines=None, **environment):
+    """Run all cells of the chapter at a narrow size; what was printed.
+
+    `lines`: lines of the chapter, by how they begin, as a reader changes them.
+    """
+    cells = code_cells()
+    for start, line in (lines or {}).items():
+        rows = [cell.split("\n") for cell in cells]
+        changed = [[line if r.startswith(start) else r for r in cell] for cell in rows]
+        assert changed != rows, start
+        cells = ["\n".join(cell) for cell in changed]
+    head = NARROW.format(tests=str(ROOT / "tests"), cells=cells)
     script = tmp_path / "chapter.py"
     script.write_text(head + before + RUN)
     done = subprocess.run(
@@ -126,6 +135,57 @@ def test_the_real_thing_against_a_stand_in_hub(tmp_path):
     assert "paper: FLAMINGO_LITE_SIZE is 'paper'" in said
     assert {"open_clip_model.safetensors", "pytorch_model.bin"} <= files
     assert said.splitlines()[-1] == f"END paper 10 10 {SHOTS}"
+
+
+def test_all_cells_again_after_the_machine_is_gone(tmp_path):
+    """A reader's own folder, on a Drive: twice from the top, trained and encoded once.
+
+    The third time a setting is another one, under another name.
+    """
+    from hub import CLIP, OPT, clip_files, opt_files
+    from PIL import Image
+
+    from flamingo_lite import hold_out
+
+    photographs, drive = tmp_path / "photographs", tmp_path / "drive"
+    photographs.mkdir()
+    drive.mkdir()
+    rows = [{"file_name": f"{n}.png", "text": f"number {n}"} for n in range(14)]
+    for n, row in enumerate(rows):
+        colour = (15 * n, 200 - 10 * n, 80)
+        Image.new("RGB", (32, 32), colour).save(photographs / row["file_name"])
+    (photographs / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train_rows, test_rows = hold_out(rows, 5)
+    changed = {
+        "PHOTOGRAPHS = None": f"PHOTOGRAPHS = {str(photographs)!r}",
+        "DRIVE = None": f"DRIVE = {str(drive)!r}",
+    }
+    another = changed | {"NAME, EPOCHS, LR": 'NAME, EPOCHS, LR = "other", 3, 1e-4'}
+    with Hub({OPT: opt_files(), CLIP: clip_files()}) as hub:
+        offered = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}
+        offered |= {"HF_HOME": str(tmp_path / "cache"), "FLAMINGO_LITE_SIZE": "paper"}
+        said = [
+            run_chapter(tmp_path, lines=lines, **offered)
+            for lines in (changed, changed, another)
+        ]
+    parts = f"{len(train_rows)} to train on, {len(test_rows)} held out"
+    assert all(parts in text for text in said)
+    assert [text.splitlines()[-1].split()[1:4] for text in said] == [
+        ["paper", "10", "10"],
+        ["paper", "10", "10"],
+        ["paper", "3", "3"],
+    ]
+    assert "going on" not in said[0] and "going on from step 10 of 10" in said[1]
+    assert "GB at most" in said[0] and "GB at most" not in said[1]
+    for name in ("mine", "other"):
+        assert (drive / name / "flamingo.safetensors").is_file()
+        lines = (drive / f"{name}.captions.jsonl").read_text().splitlines()
+        answers = [json.loads(line) for line in lines]
+        assert [a["references"] for a in answers] == [[r["text"]] for r in test_rows]
+        assert all(isinstance(a["wrote"], str) for a in answers)
+    gone = {"DRIVE = None": f"DRIVE = {str(tmp_path / 'no drive')!r}"}
+    with pytest.raises(AssertionError, match="there is no such folder"):
+        run_chapter(tmp_path, SMALL_OPT, gone, FLAMINGO_LITE_SIZE="tiny")
 
 
 # ------------------------------------------------------------------------- the tools

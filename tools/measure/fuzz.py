@@ -55,6 +55,7 @@ from flamingo_lite import (
     trained_rows,
     trained_tensors,
     training_step,
+    trim,
 )
 
 LIMIT = 10  # seconds that one input may take
@@ -373,7 +374,7 @@ class Batches:
             want(count == len(texts) == len(features), f"{count} <image> in row {i}")
             labels = batch["labels"][i]
             spelled = self.tokenizer.decode(labels[labels != -100])
-            asked = "".join(f"{text}<|endofchunk|>" for text in texts)
+            asked = "".join(f"{trim(text)}<|endofchunk|>" for text in texts)
             want(spelled == asked, f"row {i} spells {spelled!r}, not {asked!r}")
             held = batch["vision_features"][i]
             want(torch.equal(held[: len(features)], features), f"row {i}: features")
