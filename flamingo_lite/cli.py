@@ -67,7 +67,7 @@ def _add_train(add):
     add("--epochs", type=size, help="times through all pictures, instead of --steps")
     add("--batch-size", type=size, default=64, help=f"pictures at a time {of}")
     add("--accumulate", type=size, default=1, help=f"times that many in a step {of}")
-    add("--warmup", type=count, help="steps (default: 50, or a tenth of all)")
+    add("--warmup", type=count, help="steps to the full rate (default: 50 or a tenth)")
     rate = "learning rate (default: 1e-3, of paper 2e-4)"
     add("--lr", type=_number(float, 0), help=rate)
     add("--seed", type=count, default=0, help=of)

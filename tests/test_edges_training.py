@@ -510,7 +510,8 @@ def test_checkpoints_are_written_as_often_as_asked_for(
     every = {"report_every": report_every, "checkpoint_every": checkpoint_every}
     history = go(make_model(), checkpoint=path, **every)
     assert steps == saved
-    shutil.copy(path.with_name("last.pt.previous"), path) if len(saved) > 1 else None
+    if len(saved) > 1:
+        shutil.copy(path.with_name("last.pt.previous"), path)
     assert history == go(make_model(), checkpoint=path)
 
 
